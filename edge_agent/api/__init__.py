@@ -1,0 +1,1 @@
+"""The gRPC edge: proto to core and back, nothing else."""

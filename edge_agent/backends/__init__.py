@@ -1,0 +1,1 @@
+"""One module per kind of engine, imported only inside a worker."""

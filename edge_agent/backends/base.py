@@ -1,0 +1,110 @@
+"""What every backend must do. `tests/contract` holds each one to it.
+
+A backend lives inside one worker process and hosts one engine. It knows tokens and grammars,
+nothing of tools, messages, runs or the protocol.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from edge_agent.core import Sampling
+from edge_agent.engines.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load; `threads` None leaves one core free."""
+
+    slots: int
+    threads: int | None
+    prefill_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """How one completion ended. Counts are in tokens, times in milliseconds or seconds."""
+
+    truncated: bool
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    decode_s: float
+
+
+class Cancelled(Exception):  # noqa: N818 - not an error: the caller asked for it
+    """The completion was stopped by its cancel event."""
+
+
+class Backend(Protocol):
+    """One loaded engine. `complete` and `next_token_logprobs` are called from many threads."""
+
+    def load(
+        self,
+        manifest: Manifest,
+        directory: Path,
+        options: LoadOptions,
+        progress: Callable[[float], None],
+    ) -> None:
+        """Load the engine. Called once, before anything else.
+
+        Args:
+            manifest: of the engine.
+            directory: holds the manifest's files.
+            options: how to load it.
+            progress: told the fraction done, 0 to 1, as far as it is known.
+
+        Raises:
+            LoadFailed: with the library's own words.
+        """
+
+    def version(self) -> str:
+        """The version of the library underneath."""
+
+    def tokenize(self, text: str, *, markers: bool) -> list[int]:
+        """Token ids of `text`; control tokens only with `markers`, else all is plain text."""
+
+    def check_schema(self, schema_json: str) -> str | None:
+        """What of a JSON Schema can't be enforced while decoding, in words; None if all can."""
+
+    def complete(  # noqa: PLR0913 - the one call of a backend
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        schema_json: str | None,
+        sampling: Sampling,
+        stop: Sequence[str],
+        cancel: threading.Event,
+        on_text: Callable[[str, int], None],
+    ) -> Completion:
+        """Decode after `prompt` until the model or a limit ends it. Blocks.
+
+        Args:
+            prompt: token ids, at least one.
+            max_tokens: how many may be generated, at least 1.
+            schema_json: decode JSON that satisfies this schema and nothing else.
+            sampling: how tokens are drawn.
+            stop: texts that end the completion and are not part of it.
+            cancel: set from another thread to stop, also during prefill.
+            on_text: told each piece of text, whole characters, and its number of tokens.
+
+        Raises:
+            Cancelled: `cancel` was set.
+            StepFailed: the library refused or failed.
+        """
+
+    def next_token_logprobs(
+        self, prompt: Sequence[int], *, top: int, cancel: threading.Event
+    ) -> dict[int, float]:
+        """Natural-log probabilities of the `top` likeliest next tokens, by token id. Blocks.
+
+        Raises:
+            Cancelled: `cancel` was set.
+            StepFailed: the library refused or failed.
+        """
+
+    def close(self) -> None:
+        """Let go of the engine. The process ends right after."""

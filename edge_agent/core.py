@@ -1,0 +1,450 @@
+"""The domain's frozen values: what runs, steps, tools and engines are.
+
+No I/O, no clock, no gRPC, and nothing beyond the standard library: workers import this module too.
+Units are in the names; unknown is `None`.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ANSWER = "answer"
+"""The name of the branch in which the model answers in words instead of calling a tool."""
+
+
+class Role(enum.StrEnum):
+    """Who wrote a message."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+class PartKind(enum.StrEnum):
+    """What a non-text part holds."""
+
+    IMAGE = "image"
+    AUDIO = "audio"
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A piece of text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlobPart:
+    """An image or a sound."""
+
+    kind: PartKind
+    media_type: str
+    data: bytes
+
+
+Part = TextPart | BlobPart
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One invocation that the model decided on; `arguments_json` is a JSON object."""
+
+    id: str
+    name: str
+    arguments_json: str
+    valid_for_s: float | None = None
+    observed_ago_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What came of a tool call."""
+
+    tool_call_id: str
+    parts: tuple[Part, ...]
+    is_error: bool = False
+    cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of the conversation."""
+
+    role: Role
+    parts: tuple[Part, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    is_error: bool = False
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+
+@dataclass(frozen=True, slots=True)
+class ToolExample:
+    """A goal in a user's words and the arguments of the right call."""
+
+    goal: str
+    arguments_json: str
+    result: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """Something that the caller can do for the model."""
+
+    name: str
+    description: str
+    input_schema_json: str
+    examples: tuple[ToolExample, ...] = ()
+    timeout_s: float | None = None
+    valid_for_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a run; `max_output_tokens` is per step, None means the engine's maximum."""
+
+    max_steps: int
+    max_tool_calls: int
+    max_output_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What a caller asks for, with every default filled in."""
+
+    messages: tuple[Message, ...]
+    engine: str
+    limits: Limits
+    timeout_s: float
+    tools: tuple[Tool, ...] = ()
+    output_schema_json: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
+    agent: str = ""
+
+
+class RunState(enum.StrEnum):
+    """Where a run is."""
+
+    QUEUED = "QUEUED"
+    LOADING = "LOADING"
+    RUNNING = "RUNNING"
+    WAITING_TOOL = "WAITING_TOOL"
+    CANCELLING = "CANCELLING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    EXPIRED = "EXPIRED"
+    OUTCOME_UNKNOWN = "OUTCOME_UNKNOWN"
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more happens to a run in this state."""
+        return self in _ENDED
+
+
+_ENDED = frozenset(
+    {
+        RunState.SUCCEEDED,
+        RunState.FAILED,
+        RunState.CANCELLED,
+        RunState.EXPIRED,
+        RunState.OUTCOME_UNKNOWN,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunError:
+    """Why something ended as it did; `reason` is UPPER_SNAKE_CASE and stable."""
+
+    reason: str
+    message: str
+    retryable: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a step or a run consumed."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_ms: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decoding speed; None before anything was decoded."""
+        return self.completion_tokens / self.decode_s if self.decode_s > 0 else None
+
+    def plus(self, later: "Usage") -> "Usage":
+        """The sum; the time to the first token stays the first step's."""
+        return Usage(
+            prompt_tokens=self.prompt_tokens + later.prompt_tokens,
+            cached_tokens=self.cached_tokens + later.cached_tokens,
+            completion_tokens=self.completion_tokens + later.completion_tokens,
+            queue_s=self.queue_s + later.queue_s,
+            load_s=self.load_s + later.load_s,
+            decode_s=self.decode_s + later.decode_s,
+            ttft_ms=later.ttft_ms if self.ttft_ms is None else self.ttft_ms,
+        )
+
+
+class FinishReason(enum.StrEnum):
+    """Why decoding a step stopped."""
+
+    STOP = "STOP"
+    TOOL_CALLS = "TOOL_CALLS"
+    TRUNCATED = "TRUNCATED"
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequest:
+    """One model decision to be made.
+
+    `answer_only` closes every branch but the answer (the last step that a run may take).
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    output_schema_json: str = ""
+    answer_only: bool = False
+    max_output_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the model decided: a text, or tool calls whose ids the run assigns."""
+
+    text: str
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    tool_margin: float | None = None
+
+
+class EngineState(enum.StrEnum):
+    """Whether an installed engine is in memory."""
+
+    INSTALLED = "INSTALLED"
+    LOADING = "LOADING"
+    READY = "READY"
+    DRAINING = "DRAINING"
+    STOPPING = "STOPPING"
+    FAILED = "FAILED"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """The process that hosts a loaded engine."""
+
+    pid: int
+    slots: int
+    active_steps: int
+    waiting_steps: int
+    load_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """An installed engine as the daemon sees it."""
+
+    name: str
+    digest: str
+    backend: str
+    state: EngineState
+    context_tokens: int
+    max_output_tokens: int
+    load_peak_bytes: int
+    steady_bytes: int
+    capabilities: tuple[str, ...]
+    licence: str
+    worker: WorkerInfo | None = None
+    error: RunError | None = None
+    load_progress: float | None = None
+
+
+class HaltScope(enum.StrEnum):
+    """What a Halt stops."""
+
+    ALL = "ALL"
+    CLIENT = "CLIENT"
+    AGENT = "AGENT"
+    TOOL = "TOOL"
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """One latched Halt; `target` is empty for ALL. `created_at_s` is Unix time."""
+
+    id: str
+    scope: HaltScope
+    target: str
+    reason: str
+    client: str
+    created_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as it stands. `sequence` is the last event that this value includes.
+
+    `created_at_s` and `ended_at_s` are Unix times, for people; waiting uses the monotonic clock.
+    """
+
+    id: str
+    request_id: str
+    client: str
+    agent: str
+    engine: str
+    state: RunState
+    created_at_s: float
+    sequence: int = 0
+    ended_at_s: float | None = None
+    steps: int = 0
+    transcript: tuple[Message, ...] = ()
+    open_tool_calls: tuple[ToolCall, ...] = ()
+    partial_text: str = ""
+    answer: str | None = None
+    error: RunError | None = None
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole run, as the first event of every watch."""
+
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged:
+    """The run is in another state, or its engine's load went on."""
+
+    state: RunState
+    load_progress: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More text of the answer being written in `step` (from 1)."""
+
+    step: int
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallsIssued:
+    """The caller executes these."""
+
+    step: int
+    tool_calls: tuple[ToolCall, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResultAccepted:
+    """A result that a call waited for has come."""
+
+    result: ToolResult
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished:
+    """What a step decided, and what it consumed."""
+
+    step: int
+    message: Message
+    usage: Usage
+    finish_reason: FinishReason
+    tool_margin: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTool:
+    """The caller stops this call and confirms."""
+
+    tool_call_id: str
+    reason: RunError
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished:
+    """The last event of every run."""
+
+    run: Run
+
+
+EventBody = (
+    Snapshot
+    | StateChanged
+    | TextDelta
+    | ToolCallsIssued
+    | ToolResultAccepted
+    | StepFinished
+    | CancelTool
+    | RunFinished
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One numbered event of a run."""
+
+    run_id: str
+    sequence: int
+    body: EventBody
+
+
+@dataclass(frozen=True, slots=True)
+class HaltOutcome:
+    """What a Halt did. `recorded` False: it acts, but could not be written to disk."""
+
+    halt: Halt
+    runs_stopped: int
+    recorded: bool
+
+
+class DaemonState(enum.StrEnum):
+    """Whether the daemon accepts runs."""
+
+    READY = "READY"
+    DEGRADED = "DEGRADED"
+    DRAINING = "DRAINING"
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonStatus:
+    """The daemon as a whole."""
+
+    version: str
+    state: DaemonState
+    degraded_reasons: tuple[str, ...]
+    pid: int
+    started_at_s: float
+    uptime_s: float
+    runs: Mapping[RunState, int]
+    engines_installed: int
+    engines_loaded: int
+    max_resident_engines: int
+    halts: tuple[Halt, ...]
+    config_path: str

@@ -1,0 +1,1 @@
+"""Engines on disk, and the worker processes that host loaded ones."""

@@ -1,0 +1,189 @@
+"""What a manifest says about an engine, and what makes one valid.
+
+Pure: reads no file. A recipe (`engines/*.yaml`) holds the same fields plus how to obtain the
+files; installing writes them as `manifest.json` beside the files. msgspec and the standard library
+only, since workers get the manifest in their first frame.
+"""
+
+import hashlib
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edge_agent.errors import ManifestError
+
+SCHEMA = 1
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+PositiveInt = Annotated[int, Meta(gt=0)]
+NonNegativeInt = Annotated[int, Meta(ge=0)]
+
+
+class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base: no field that nobody reads."""
+
+
+class BackendSpec(Strict):
+    """Which of our backends runs the engine, and the oldest version of its library."""
+
+    name: Literal["llama_cpp"]
+    min_version: str
+
+
+class FileSpec(Strict):
+    """One file of the engine; `path` is relative to the engine's directory."""
+
+    path: str
+    sha256: Sha256
+    size_bytes: PositiveInt
+
+
+class LayerKind(Strict):
+    """KV cache or recurrent state of `layers` alike layers, per sequence."""
+
+    kind: Literal["full", "sliding_window", "recurrent"]
+    layers: PositiveInt
+    bytes_per_token: NonNegativeInt = 0
+    window_tokens: PositiveInt | None = None
+    state_bytes: NonNegativeInt = 0
+
+
+class MemorySpec(Strict):
+    """Estimates with the manifest's slots and context, in bytes, before anything was measured."""
+
+    load_peak_bytes: PositiveInt
+    steady_bytes: PositiveInt
+
+
+class Turn(Strict):
+    """The markers around one message. Only these are parsed for control tokens."""
+
+    open: str
+    close: str
+
+
+class PromptFormat(Strict):
+    """How messages become a prompt."""
+
+    system: Turn
+    user: Turn
+    assistant: Turn
+    tool: Turn
+    prefix: str = ""
+    default_system: str
+
+
+class ToolFormat(Strict):
+    """How tools are shown to the model and chosen.
+
+    `ranked` scores every tool and the answer by the log-probability of the first distinguishing
+    tokens, less their mean after `neutral_goals`; `schema` decodes one JSON union.
+    """
+
+    strategy: Literal["ranked", "schema"]
+    instructions: str
+    neutral_goals: tuple[str, ...] = ()
+    top_logprobs: Annotated[int, Meta(ge=1, le=10_000)] = 400
+
+
+class SourceSpec(Strict):
+    """Where the files came from."""
+
+    kind: Literal["pypi", "path"]
+    location: str
+    version: str = ""
+    sha256: Sha256 | None = None
+
+
+class Manifest(Strict):
+    """Everything the daemon and a worker need to know about an engine."""
+
+    schema: Literal[1] = SCHEMA
+    name: str
+    description: str
+    backend: BackendSpec
+    model: str
+    files: tuple[FileSpec, ...]
+    context_tokens: Annotated[int, Meta(ge=256, le=1_048_576)]
+    max_output_tokens: PositiveInt
+    slots: Annotated[int, Meta(ge=1, le=64)]
+    layers: tuple[LayerKind, ...]
+    memory: MemorySpec
+    prompt: PromptFormat
+    tools: ToolFormat
+    stop: tuple[str, ...]
+    capabilities: tuple[Literal["text", "tools", "output_schema"], ...]
+    licence: str
+    source: SourceSpec
+
+    def check(self) -> None:
+        """Raise what the field types alone can't see.
+
+        Raises:
+            ManifestError: names the field, the value and the rule.
+        """
+        check_name(self.name)
+        for spec in self.files:
+            check_path(spec.path)
+        if not any(spec.path == self.model for spec in self.files):
+            raise ManifestError(f"model: {self.model!r} is not among files")
+        if self.max_output_tokens >= self.context_tokens:
+            raise ManifestError(
+                f"max_output_tokens: {self.max_output_tokens}, must be below context_tokens "
+                f"({self.context_tokens})"
+            )
+        if self.memory.load_peak_bytes < self.memory.steady_bytes:
+            raise ManifestError("memory.load_peak_bytes: must be at least steady_bytes")
+        if self.tools.strategy == "ranked" and not self.tools.neutral_goals:
+            raise ManifestError("tools.neutral_goals: the ranked strategy needs at least one")
+
+
+def check_name(name: str) -> None:
+    """An engine's name is safe as a directory name.
+
+    Raises:
+        ManifestError: names the value and the pattern.
+    """
+    if not NAME.fullmatch(name):
+        raise ManifestError(f"name: {name!r}, must match {NAME.pattern}", metadata={"name": name})
+
+
+def check_path(path: str) -> None:
+    """A file of an engine lies below the engine's directory.
+
+    Raises:
+        ManifestError: names the value and the rule.
+    """
+    pure = PurePosixPath(path)
+    if not path or pure.is_absolute() or ".." in pure.parts or "\0" in path or "\\" in path:
+        raise ManifestError(
+            f"files: path {path!r}, must be relative, without '..'", metadata={"path": path}
+        )
+
+
+def decode_manifest(raw: bytes) -> Manifest:
+    """A manifest from `manifest.json`.
+
+    Raises:
+        ManifestError: says where and what.
+    """
+    try:
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise ManifestError(f"manifest.json: {error}") from error
+    manifest.check()
+    return manifest
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of `manifest.json`; the same manifest gives the same bytes."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def digest(manifest: Manifest) -> str:
+    """SHA-256 over the manifest, which holds the files' own digests: one engine, one digest."""
+    return hashlib.sha256(encode_manifest(manifest)).hexdigest()

@@ -1,0 +1,170 @@
+"""The messages between the daemon and a worker, and their framing.
+
+Version 1: each frame is a big-endian uint32 length and one MessagePack map, tagged by `t`. The
+first frame of a worker is `Hello`, the first of the daemon is `Load`; both carry the version and a
+mismatch ends the worker. Needs msgspec and nothing else, since a worker may run in an environment
+of its own.
+"""
+
+import struct
+from collections.abc import Iterator
+
+import msgspec
+
+from edge_agent.core import RunError, StepRequest, StepResult
+from edge_agent.engines.manifest import Manifest
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+_HEADER = struct.Struct(">I")
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to load an engine; chosen by the daemon, not by the manifest."""
+
+    slots: int
+    threads: int | None
+    prefill_batch_tokens: int
+    backlog_tokens: int
+    backlog_s: float
+
+
+class Load(msgspec.Struct, frozen=True, tag_field="t", tag="load"):
+    """Load this engine. Sent once."""
+
+    version: int
+    manifest: Manifest
+    directory: str
+    options: Options
+
+
+class Generate(msgspec.Struct, frozen=True, tag_field="t", tag="generate"):
+    """Decide one step. `sequence` is unique within the worker."""
+
+    sequence: int
+    request: StepRequest
+
+
+class Cancel(msgspec.Struct, frozen=True, tag_field="t", tag="cancel"):
+    """Stop deciding; answered by the sequence's `Failed` with reason CANCELLED, or its end."""
+
+    sequence: int
+
+
+class Ping(msgspec.Struct, frozen=True, tag_field="t", tag="ping"):
+    """Answered by `Pong` from the worker's main loop."""
+
+    nonce: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag_field="t", tag="shutdown"):
+    """End now."""
+
+
+class Hello(msgspec.Struct, frozen=True, tag_field="t", tag="hello"):
+    """The worker is up."""
+
+    version: int
+    pid: int
+
+
+class Loading(msgspec.Struct, frozen=True, tag_field="t", tag="loading"):
+    """Progress of the load, 0 to 1."""
+
+    fraction: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag_field="t", tag="ready"):
+    """The engine takes steps, this many at once."""
+
+    slots: int
+    load_s: float
+    backend_version: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag_field="t", tag="refused"):
+    """The engine could not be loaded; the worker ends."""
+
+    error: RunError
+
+
+class Pong(msgspec.Struct, frozen=True, tag_field="t", tag="pong"):
+    """The answer to `Ping`."""
+
+    nonce: int
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """More text of one sequence. A delta without text reports the first token of a tool call."""
+
+    sequence: int
+    text: str
+    tokens: int
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence ended with a decision."""
+
+    sequence: int
+    result: StepResult
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence ended without one."""
+
+    sequence: int
+    error: RunError
+
+
+class Batch(msgspec.Struct, frozen=True, tag_field="t", tag="batch"):
+    """What one engine step brought, for all active sequences."""
+
+    deltas: tuple[Delta, ...] = ()
+    finished: tuple[Finished, ...] = ()
+    failed: tuple[Failed, ...] = ()
+
+
+ToWorker = Load | Generate | Cancel | Ping | Shutdown
+ToDaemon = Hello | Loading | Ready | Refused | Pong | Batch
+
+_encoder = msgspec.msgpack.Encoder()
+to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)
+to_daemon_decoder = msgspec.msgpack.Decoder(ToDaemon)
+
+
+def encode(message: ToWorker | ToDaemon) -> bytes:
+    """One whole frame.
+
+    Raises:
+        ValueError: the frame would exceed MAX_FRAME_BYTES.
+    """
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"frame of {len(body)} bytes, at most {MAX_FRAME_BYTES}")
+    return _HEADER.pack(len(body)) + body
+
+
+class Framer:
+    """Cuts a byte stream into frame bodies; keeps what is incomplete."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The bodies that `data` completes, in order.
+
+        Raises:
+            ValueError: a length above MAX_FRAME_BYTES; the stream can't be read further.
+        """
+        self._buffer += data
+        while len(self._buffer) >= _HEADER.size:
+            (length,) = _HEADER.unpack_from(self._buffer)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"frame of {length} bytes, at most {MAX_FRAME_BYTES}")
+            end = _HEADER.size + length
+            if len(self._buffer) < end:
+                return
+            body = bytes(self._buffer[_HEADER.size : end])
+            del self._buffer[:end]
+            yield body

@@ -1,0 +1,1 @@
+"""Which engines are in memory, and which step goes next."""
