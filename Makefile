@@ -1,0 +1,78 @@
+# Everything a developer does with this repository; `make` alone lists the targets.
+# Needs python3 (3.11 or newer, with venv), gcc and git. After the first time all of it works offline,
+# `make lock` apart.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup engine demo test check lint-units bench wheel lock proto clean
+
+PYTHON ?= python3
+UV ?= uv
+BIN := .venv/bin
+ENGINE := smollm2-135m-instruct
+ENGINE_STORE := build/engines
+BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+CODE = $(wildcard edge_agent tests benchmarks examples hatch_build.py)
+SCRIPTS = .ci/run $(shell find . \( -name .venv -o -name build -o -name dist \) -prune -o -name '*.sh' -print)
+UNITS = $(wildcard systemd/*.service systemd/*.socket)
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
+
+setup: .venv/.stamp proto  ## the locked environment in .venv, generated code, an editable install
+
+.venv/.stamp: requirements.lock pyproject.toml hatch_build.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edge-agent needs Python 3.11 or newer")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --quiet --require-hashes -r requirements.lock
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+proto: .venv/.stamp  ## generate edge_agent/v1 where a proto has changed
+	@$(BIN)/python hatch_build.py
+
+engine: setup
+	$(BIN)/edge-agent engines install $(ENGINE) --store $(ENGINE_STORE)
+
+demo: engine  ## a simulated robot gives goals to a daemon of its own
+	$(BIN)/python examples/warehouse_robot.py --start-daemon --engines-dir $(ENGINE_STORE)
+
+test: engine check  ## every check and every test
+	$(BIN)/pytest
+
+check: setup lint-units  ## format, lint, types, protos, import rules, shell scripts, units
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy $(CODE)
+	$(BIN)/buf lint proto
+	$(BIN)/shellcheck $(SCRIPTS)
+	$(BIN)/pytest -q tests/conventions/test_imports.py
+
+# systemd-analyze returns 0 for an unknown key and not 0 for a program that is only on the device:
+# so what it says decides, not what it returns.
+lint-units:
+	@if command -v systemd-analyze >/dev/null && [ -n "$(UNITS)" ]; then \
+	  said=$$(systemd-analyze verify --man=no $(UNITS) 2>&1 | grep -v ' is not executable: ' || true); \
+	  if [ -n "$$said" ]; then echo "$$said"; exit 1; fi; fi
+
+bench: engine  ## run every benchmark; the last JSON line of each goes to build/bench.jsonl
+	@mkdir -p build; : > build/bench.jsonl; failed=''; \
+	for bench in $(BENCHMARKS); do \
+	  echo "== $$bench"; \
+	  $(BIN)/python "$$bench" | tee build/bench.out || failed="$$failed $$bench"; \
+	  { grep '^{' build/bench.out || true; } | tail -n 1 >> build/bench.jsonl; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+wheel: setup  ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+lock:  ## resolve requirements.lock anew from pyproject.toml (needs uv and the network)
+	$(UV) pip compile pyproject.toml --extra embedded --group dev \
+	  --universal --python-version 3.11 --generate-hashes --upgrade \
+	  --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' \
+	  --quiet --output-file requirements.lock
+
+clean:  ## remove everything that make has made
+	rm -rf .venv build dist edge_agent/v1 .mypy_cache .pytest_cache .ruff_cache .hypothesis
