@@ -8,33 +8,36 @@ only, since workers get the manifest in their first frame.
 import hashlib
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta
 
 from edge_agent.errors import ManifestError
 
-SCHEMA = 1
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+SCHEMA: Final = 1
+NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+BackendName = Literal["llama_cpp"]
+BACKENDS: Final[tuple[str, ...]] = get_args(BackendName)
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 PositiveInt = Annotated[int, Meta(gt=0)]
 NonNegativeInt = Annotated[int, Meta(ge=0)]
 
 
-class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base: no field that nobody reads."""
 
 
-class BackendSpec(Strict):
+class BackendSpec(Strict, frozen=True, kw_only=True):
     """Which of our backends runs the engine, and the oldest version of its library."""
 
-    name: Literal["llama_cpp"]
+    name: BackendName
     min_version: str
 
 
-class FileSpec(Strict):
+class FileSpec(Strict, frozen=True, kw_only=True):
     """One file of the engine; `path` is relative to the engine's directory."""
 
     path: str
@@ -42,8 +45,14 @@ class FileSpec(Strict):
     size_bytes: PositiveInt
 
 
-class LayerKind(Strict):
-    """KV cache or recurrent state of `layers` alike layers, per sequence."""
+class LayerKind(Strict, frozen=True, kw_only=True):
+    """KV cache or recurrent state of a group of alike layers, per sequence.
+
+    `bytes_per_token` and `state_bytes` are for ONE layer, keys and values together: the group
+    takes `layers * (tokens * bytes_per_token + state_bytes)` bytes for each sequence, where
+    `tokens` is at most `window_tokens` in a sliding window. For example 30 full layers with 3 KV
+    heads of 64 values in 16 bits: 2 (keys, values) * 3 * 64 * 2 = 768 bytes per token and layer.
+    """
 
     kind: Literal["full", "sliding_window", "recurrent"]
     layers: PositiveInt
@@ -52,21 +61,21 @@ class LayerKind(Strict):
     state_bytes: NonNegativeInt = 0
 
 
-class MemorySpec(Strict):
+class MemorySpec(Strict, frozen=True, kw_only=True):
     """Estimates with the manifest's slots and context, in bytes, before anything was measured."""
 
     load_peak_bytes: PositiveInt
     steady_bytes: PositiveInt
 
 
-class Turn(Strict):
+class Turn(Strict, frozen=True, kw_only=True):
     """The markers around one message. Only these are parsed for control tokens."""
 
     open: str
     close: str
 
 
-class PromptFormat(Strict):
+class PromptFormat(Strict, frozen=True, kw_only=True):
     """How messages become a prompt."""
 
     system: Turn
@@ -77,20 +86,24 @@ class PromptFormat(Strict):
     default_system: str
 
 
-class ToolFormat(Strict):
+class ToolFormat(Strict, frozen=True, kw_only=True):
     """How tools are shown to the model and chosen.
 
     `ranked` scores every tool and the answer by the log-probability of the first distinguishing
-    tokens, less their mean after `neutral_goals`; `schema` decodes one JSON union.
+    tokens, less their mean after `neutral_goals`; `schema` decodes one JSON union. A tool's worked
+    examples end in `example_answer`; `answer_examples` are goals that need no tool, answered.
     """
 
     strategy: Literal["ranked", "schema"]
     instructions: str
+    example_result: str = "ok"
+    example_answer: str = "Done."
+    answer_examples: tuple[tuple[str, str], ...] = ()
     neutral_goals: tuple[str, ...] = ()
     top_logprobs: Annotated[int, Meta(ge=1, le=10_000)] = 400
 
 
-class SourceSpec(Strict):
+class SourceSpec(Strict, frozen=True, kw_only=True):
     """Where the files came from."""
 
     kind: Literal["pypi", "path"]
@@ -99,7 +112,7 @@ class SourceSpec(Strict):
     sha256: Sha256 | None = None
 
 
-class Manifest(Strict):
+class Manifest(Strict, frozen=True, kw_only=True):
     """Everything the daemon and a worker need to know about an engine."""
 
     schema: Literal[1] = SCHEMA

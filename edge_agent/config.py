@@ -1,0 +1,386 @@
+"""The configuration: one YAML file, checked as a whole, into frozen values.
+
+The only module that imports pydantic. Every error is reported at once, with key path, line, value
+and limit; an unknown key names the nearest known one. Reads the file and nothing else: whether a
+path exists or an engine is installed shows later. `config.example.yaml` holds every key with its
+default, and a test compares the two.
+
+In YAML a duration or size carries its unit in the value (`timeout: 10m`); in Python the unit is in
+the name (`timeout_s`), so those fields have an alias.
+"""
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from edge_agent.engines.manifest import BACKENDS, NAME
+from edge_agent.errors import ConfigError, FieldViolation
+from edge_agent.paths import engines_dir
+from edge_agent.strict_yaml import (
+    MAX_BYTES,
+    Document,
+    KeyPath,
+    YamlSyntaxError,
+    format_path,
+    read_yaml,
+)
+from edge_agent.units import format_duration, format_size, parse_duration, parse_size
+
+RESTART_KEYS: Final = ("engines_dir", "preload", "log.format", "runs.max_request_size")
+"""Keys that only take effect at the next start; a reload changes all others.
+
+What is below `worker` and `engines` holds for engines that are loaded from then on.
+"""
+
+_KIB: Final = 1 << 10
+_MIB: Final = 1 << 20
+_SHOWN_CHARACTERS: Final = 60
+
+
+def _path(value: object) -> object:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.startswith("/"):
+        raise ValueError("must be an absolute path")
+    return Path(value)
+
+
+def _backend(value: object) -> object:
+    if value not in BACKENDS:
+        hint = _nearest(str(value), BACKENDS)
+        raise ValueError(f"unknown backend, must be one of {', '.join(BACKENDS)}{hint}")
+    return value
+
+
+def _empty_list(value: object) -> object:
+    return () if value is None else tuple(value) if isinstance(value, list) else value
+
+
+def _empty_mapping(value: object) -> object:
+    return {} if value is None else value
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration)]
+Size = Annotated[int, BeforeValidator(parse_size)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+EngineName = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
+BackendKey = Annotated[str, BeforeValidator(_backend)]
+AbsolutePath = Annotated[Path, BeforeValidator(_path)]
+
+
+class Section(BaseModel):
+    """Base: frozen, nothing converted, no key that nobody reads; empty means the defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, data: Any) -> Any:
+        return {} if data is None else data
+
+
+class EngineOverride(Section):
+    """What this machine wants otherwise than an engine's manifest; None: as the manifest says."""
+
+    slots: Annotated[int, Field(ge=1, le=64)] | None = None
+    threads: Threads | None = None
+
+
+class Log(Section):
+    """What is logged, and how; `auto` is console on a terminal, JSON elsewhere."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"
+
+
+class Runs(Section):
+    """Defaults and bounds of runs."""
+
+    default_engine: EngineName | None = None
+    timeout_s: Duration = Field(default=600.0, alias="timeout")
+    max_timeout_s: Duration = Field(default=86_400.0, alias="max_timeout")
+    tool_timeout_s: Duration = Field(default=60.0, alias="tool_timeout")
+    tool_call_valid_for_s: Duration = Field(default=30.0, alias="tool_call_valid_for")
+    cancel_confirm_s: Duration = Field(default=5.0, alias="cancel_confirm")
+    max_steps: int = Field(default=8, ge=1, le=100)
+    max_tool_calls: int = Field(default=16, ge=1, le=1000)
+    max_active: int = Field(default=256, ge=1, le=10_000)
+    retention_s: Duration = Field(default=900.0, alias="retention")
+    max_retained: int = Field(default=1000, ge=1, le=100_000)
+    # Half of a worker's largest frame at most, so that a step can carry the request.
+    max_request_bytes: Size = Field(
+        default=4 * _MIB, ge=64 * _KIB, le=32 * _MIB, alias="max_request_size"
+    )
+    max_tools: int = Field(default=256, ge=1, le=1024)
+    max_tool_result_bytes: Size = Field(default=256 * _KIB, alias="max_tool_result_size")
+    slow_reader_s: Duration = Field(default=30.0, alias="slow_reader")
+
+
+class Scheduling(Section):
+    """Which engines are in memory and what waits for them."""
+
+    max_resident_engines: int = Field(default=1, ge=1, le=8)
+    max_waiting_steps: int = Field(default=256, ge=1, le=100_000)
+    load_timeout_s: Duration = Field(default=300.0, alias="load_timeout")
+    unload_timeout_s: Duration = Field(default=10.0, alias="unload_timeout")
+
+
+class Worker(Section):
+    """The processes that host engines; `threads` None leaves one core free."""
+
+    python: Annotated[Mapping[BackendKey, AbsolutePath], BeforeValidator(_empty_mapping)] = Field(
+        default_factory=dict
+    )
+    threads: Threads | None = None
+    prefill_batch_tokens: int = Field(default=128, ge=8, le=2048)
+    heartbeat_interval_s: Duration = Field(default=1.0, alias="heartbeat_interval")
+    heartbeat_timeout_s: Duration = Field(default=30.0, alias="heartbeat_timeout")
+    backlog_tokens: int = Field(default=4096, ge=1, le=1_000_000)
+    backlog_age_s: Duration = Field(default=30.0, alias="backlog_age")
+    oom_score_adj: int = Field(default=900, ge=0, le=1000)
+
+
+class Shutdown(Section):
+    """How the daemon ends."""
+
+    grace_s: Duration = Field(default=20.0, alias="grace")
+
+
+class Config(Section):
+    """Everything that can be configured. `engines_dir` None: below the state directory."""
+
+    engines_dir: AbsolutePath | None = None
+    preload: Annotated[tuple[EngineName, ...], BeforeValidator(_empty_list)] = ()
+    engines: Annotated[Mapping[EngineName, EngineOverride], BeforeValidator(_empty_mapping)] = (
+        Field(default_factory=dict)
+    )
+    log: Log = Field(default_factory=Log)
+    runs: Runs = Field(default_factory=Runs)
+    scheduling: Scheduling = Field(default_factory=Scheduling)
+    worker: Worker = Field(default_factory=Worker)
+    shutdown: Shutdown = Field(default_factory=Shutdown)
+
+
+def load_config(path: Path | None, environ: Mapping[str, str]) -> Config:
+    """The configuration in `path` (None: the defaults), with `engines_dir` filled in.
+
+    Raises:
+        ConfigError: the file can't be read, or `violations` holds all that is wrong in it.
+    """
+    config = Config() if path is None else parse_config(_read(path), str(path))
+    store = engines_dir(config.engines_dir, environ)
+    return config.model_copy(update={"engines_dir": store})
+
+
+def parse_config(text: str, source: str) -> Config:
+    """The configuration in `text`; `source` names it in errors.
+
+    Raises:
+        ConfigError: `violations` holds every error; the message is a report, one line for each.
+    """
+    try:
+        document = read_yaml(text)
+    except YamlSyntaxError as error:
+        raise _report(source, [FieldViolation(error.place, error.problem)], {}) from error
+    found = [FieldViolation(format_path(p.path), p.description) for p in document.problems]
+    config, wrong = _validate(document)
+    found += wrong
+    found += _across(config, {violation.field for violation in found})
+    if found:
+        lines = {format_path(key): line for key, line in document.lines.items()}
+        raise _report(source, found, lines)
+    return config
+
+
+def needs_restart(old: Config, new: Config) -> tuple[str, ...]:
+    """The keys of RESTART_KEYS whose values differ."""
+    return tuple(key for key in RESTART_KEYS if _value(old, key) != _value(new, key))
+
+
+def known_keys() -> tuple[str, ...]:
+    """Every key of the file, dotted, in the order of the code; sections are not among them."""
+    return tuple(_keys(Config, ""))
+
+
+def _keys(section: type[Section], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        key = prefix + (field.alias or name)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from _keys(inner, key + ".")
+        else:
+            yield key
+
+
+def _value(config: Config, key: str) -> object:
+    value: Any = config.model_dump(by_alias=True)
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _read(path: Path) -> str:
+    raw = b""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise _report(str(path), [FieldViolation("file", f"larger than {MAX_BYTES} bytes")], {})
+        return raw.decode("utf-8-sig")
+    except OSError as error:
+        violation = FieldViolation("file", error.strerror or str(error))
+        raise _report(str(path), [violation], {}) from error
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise _report(str(path), [FieldViolation(f"line {line}", "not UTF-8")], {}) from error
+
+
+def _validate(document: Document) -> tuple[Config, list[FieldViolation]]:
+    """The configuration without what is wrong in it, and what is wrong."""
+    data = copy.deepcopy(document.data)
+    found: list[FieldViolation] = []
+    try:
+        return Config.model_validate(data), found
+    except ValidationError as error:
+        for entry in error.errors(include_url=False):
+            path: KeyPath = tuple(key for key in entry["loc"] if key != "[key]")
+            found.append(FieldViolation(format_path(path), _describe(path, entry)))
+            data = _without(data, path)
+    try:
+        return Config.model_validate(data), found
+    except ValidationError:
+        return Config(), found
+
+
+def _without(data: Any, path: KeyPath) -> Any:
+    """`data` with the item at `path` removed; what can't be removed goes with its container."""
+    if not path or not isinstance(data, dict):
+        return None
+    first, *rest = path
+    if rest and isinstance(data.get(first), dict):
+        data[first] = _without(data[first], tuple(rest))
+    else:
+        data.pop(first, None)
+    return data
+
+
+def _describe(path: KeyPath, entry: Any) -> str:
+    """Value and rule of one pydantic error, in our words."""
+    kind: str = entry["type"]
+    if kind == "extra_forbidden":
+        return "unknown key" + _nearest_key(path)
+    limits: dict[str, Any] = entry.get("ctx", {})
+    rule = {
+        "bool_type": "must be true or false",
+        "dict_type": "must be a mapping of keys to values",
+        "greater_than_equal": f"must be at least {_limit(path, limits.get('ge'))}",
+        "int_type": "must be a whole number",
+        "invalid_key": "must be text: put the key in quotes",
+        "less_than_equal": f"must be at most {_limit(path, limits.get('le'))}",
+        "literal_error": f"must be one of {limits.get('expected')}",
+        "mapping_type": "must be a mapping of keys to values",
+        "model_type": "must be a mapping of keys to values",
+        "string_pattern_mismatch": f"must match {NAME.pattern}",
+        "string_type": "must be text: put it in quotes",
+        "tuple_type": "must be a list",
+        "value_error": str(limits.get("error")),
+    }.get(kind, entry["msg"])
+    return f"{_show(entry['input'])}, {rule}"
+
+
+def _limit(path: KeyPath, limit: Any) -> str:
+    is_size = str(path[-1] if path else "").endswith("_size")
+    return format_size(limit) if is_size and isinstance(limit, int) else str(limit)
+
+
+def _show(value: object) -> str:
+    """The value as in the file, cut where it is long."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+def _nearest_key(path: KeyPath) -> str:
+    """A hint after an unknown key: the nearest one beside it, else the nearest anywhere."""
+    *above, last = (str(key) for key in path)
+    prefix = "".join(f"{key}." for key in above)
+    if above and above[0] == "engines":
+        return _nearest(last, tuple(EngineOverride.model_fields))
+    known = known_keys()
+    beside = {key.removeprefix(prefix).split(".")[0] for key in known if key.startswith(prefix)}
+    hint = _nearest(last, tuple(beside), prefix)
+    if hint:
+        return hint
+    anywhere = {key.split(".")[-1]: key for key in known}
+    close = difflib.get_close_matches(last, anywhere, n=1)
+    if close:
+        return f", did you mean {anywhere[close[0]]}?"
+    return f", known here: {', '.join(sorted(beside))}"
+
+
+def _nearest(word: str, known: tuple[str, ...], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _across(config: Config, wrong: set[str]) -> Iterator[FieldViolation]:
+    """Rules between keys; none for a key that is wrong by itself."""
+
+    def violated(broken: bool, key: str, other: str) -> bool:  # noqa: FBT001 - reads as a sentence
+        return broken and key not in wrong and other not in wrong
+
+    runs, worker = config.runs, config.worker
+    if violated(runs.max_timeout_s < runs.timeout_s, "runs.max_timeout", "runs.timeout"):
+        said = f"{format_duration(runs.max_timeout_s)}, must be at least runs.timeout"
+        limit = format_duration(runs.timeout_s)
+        yield FieldViolation("runs.max_timeout", f"{said} ({limit})")
+    if violated(
+        runs.max_tool_result_bytes > runs.max_request_bytes,
+        "runs.max_tool_result_size",
+        "runs.max_request_size",
+    ):
+        said = f"{format_size(runs.max_tool_result_bytes)}, must be at most runs.max_request_size"
+        limit = format_size(runs.max_request_bytes)
+        yield FieldViolation("runs.max_tool_result_size", f"{said} ({limit})")
+    interval, timeout = "worker.heartbeat_interval", "worker.heartbeat_timeout"
+    if violated(worker.heartbeat_timeout_s <= worker.heartbeat_interval_s, timeout, interval):
+        said = f"{format_duration(worker.heartbeat_timeout_s)}, must be above {interval}"
+        limit = format_duration(worker.heartbeat_interval_s)
+        yield FieldViolation(timeout, f"{said} ({limit})")
+    room = config.scheduling.max_resident_engines
+    limit_key = "scheduling.max_resident_engines"
+    if violated(len(config.preload) > room, "preload", limit_key):
+        said = f"{len(config.preload)} engines, must be at most {limit_key} ({room})"
+        yield FieldViolation("preload", said)
+    for name in dict.fromkeys(config.preload):
+        if config.preload.count(name) > 1:
+            yield FieldViolation("preload", f"{name!r} is named more than once")
+
+
+def _report(source: str, violations: list[FieldViolation], lines: Mapping[str, int]) -> ConfigError:
+    """One error for the whole file, ordered as the file is."""
+    found = list(dict.fromkeys(violations))
+    found.sort(key=lambda violation: lines.get(violation.field, 0))
+    count = "1 error" if len(found) == 1 else f"{len(found)} errors"
+    report = [f"{source}: {count} in the configuration"]
+    for violation in found:
+        line = lines.get(violation.field)
+        place = violation.field if line is None else f"{violation.field} (line {line})"
+        report.append(f"  {place}: {violation.description}")
+    metadata = {"source": source, "errors": len(found)}
+    return ConfigError("\n".join(report), metadata=metadata, violations=found)
