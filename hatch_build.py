@@ -9,7 +9,6 @@ test that is importing `edge_agent.v1` meanwhile never finds it half empty.
 import fcntl
 import hashlib
 import shutil
-import sys
 import sysconfig
 import tempfile
 from importlib import metadata, resources
@@ -103,8 +102,7 @@ def _protoc(proto_dir: Path, protos: list[Path], out: Path) -> None:
     from grpc_tools import protoc
 
     well_known = resources.files("grpc_tools") / "_proto"
-    googleapis = sysconfig.get_path("purelib")  # google/rpc of googleapis-common-protos
-    arguments = [f"-I{proto_dir}", f"-I{well_known}", f"-I{googleapis}"]
+    arguments = [f"-I{proto_dir}", f"-I{well_known}"]
     arguments += [f"--python_out={out}", f"--grpc_python_out={out}"]
     plugins = _mypy_plugins()
     arguments += [f"--plugin={name}={path}" for name, path in plugins.items()]
@@ -120,4 +118,3 @@ def _protoc(proto_dir: Path, protos: list[Path], out: Path) -> None:
 if __name__ == "__main__":
     changed = generate(ROOT)
     print(f"{PACKAGE_DIR}: {'generated' if changed else 'up to date'}")
-    sys.exit(0)
