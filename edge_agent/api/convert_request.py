@@ -1,0 +1,370 @@
+"""From request messages to core values, with every check that needs no state.
+
+Owns what a well-formed request is and collects all that is wrong with it into one InvalidRequest;
+fills in the defaults. Never asks the owners of runs or engines anything.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from google.protobuf.message import Message as ProtoMessage
+
+from edge_agent.api.ports import RequestLimits
+from edge_agent.api.validation import MAX_NAME_BYTES, Violations, shown
+from edge_agent.core import (
+    ANSWER,
+    HaltScope,
+    Limits,
+    Message,
+    Part,
+    Role,
+    RunSpec,
+    RunState,
+    Sampling,
+    TextPart,
+    Tool,
+    ToolCall,
+    ToolExample,
+    ToolResult,
+)
+from edge_agent.errors import InvalidRequest
+from edge_agent.v1 import run_service_pb2, types_pb2
+
+NO_ARGUMENTS = '{"type":"object","properties":{},"additionalProperties":false}'
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1000
+MAX_HALT_REASON_BYTES = 256
+MAX_TOKEN_BYTES = 256
+_MAX_UINT32 = 2**32 - 1
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_ROLES = {
+    types_pb2.ROLE_SYSTEM: Role.SYSTEM,
+    types_pb2.ROLE_USER: Role.USER,
+    types_pb2.ROLE_ASSISTANT: Role.ASSISTANT,
+    types_pb2.ROLE_TOOL: Role.TOOL,
+}
+_STATES = {value: RunState[name[10:]] for name, value in run_service_pb2.RunState.items() if value}
+_SCOPES = {
+    value: HaltScope[name[11:]] for name, value in run_service_pb2.HaltScope.items() if value
+}
+
+
+def check_size(request: ProtoMessage, limits: RequestLimits) -> None:
+    """Refuse a message above the configured size, with both numbers."""
+    size = request.ByteSize()
+    if size > limits.max_request_bytes:
+        raise InvalidRequest(
+            f"the request has {size} bytes, at most {limits.max_request_bytes} allowed "
+            "(runs.max_request_size)",
+            reason="REQUEST_TOO_LARGE",
+            metadata={"size_bytes": size, "limit_bytes": limits.max_request_bytes},
+        )
+
+
+def run_request(
+    request: run_service_pb2.CreateRunRequest | run_service_pb2.ExecuteRunRequest,
+    limits: RequestLimits,
+    prefix: str = "",
+) -> RunSpec:
+    """The run that a request asks for; `prefix` (such as `start.`) leads every field path.
+
+    Raises:
+        InvalidRequest: names every wrong field.
+        Unsupported: it has parts that are not text.
+    """
+    found = Violations()
+    found.text(f"{prefix}request_id", request.request_id, max_bytes=MAX_NAME_BYTES)
+    if isinstance(request, run_service_pb2.ExecuteRunRequest):
+        on_disconnect = request.on_disconnect
+        if on_disconnect not in run_service_pb2.OnDisconnect.values():
+            found.add(f"{prefix}on_disconnect", f"{on_disconnect} is no known value")
+    if not request.HasField("spec"):
+        found.add(f"{prefix}spec", "is missing")
+        found.raise_if_any()
+    spec = _spec(request.spec, limits, found, f"{prefix}spec")
+    found.raise_if_any()
+    return spec
+
+
+def tool_results(
+    results: Sequence[types_pb2.ToolResult], limits: RequestLimits, prefix: str = "results"
+) -> tuple[ToolResult, ...]:
+    """Results of tool calls. Raises as `run_request` does."""
+    found = Violations()
+    if not results:
+        found.add(prefix, "is empty, at least 1 result expected")
+    seen: set[str] = set()
+    for index, result in enumerate(results):
+        path = f"{prefix}[{index}]"
+        found.name(f"{path}.tool_call_id", result.tool_call_id)
+        if result.tool_call_id in seen:
+            found.add(f"{path}.tool_call_id", f"{shown(result.tool_call_id)} appears twice")
+        seen.add(result.tool_call_id)
+    converted = tuple(
+        ToolResult(
+            tool_call_id=result.tool_call_id,
+            parts=_result_parts(result.parts, limits, found, f"{prefix}[{index}].parts"),
+            is_error=result.is_error,
+            cancelled=result.cancelled,
+        )
+        for index, result in enumerate(results)
+    )
+    found.raise_if_any()
+    return converted
+
+
+def run_id(value: str) -> str:
+    """The id of a run; whether there is one is for the owner of runs to say."""
+    return name(value, "run_id")
+
+
+def name(value: str, path: str = "name") -> str:
+    """A name or id: neither empty nor long. Raises InvalidRequest."""
+    found = Violations()
+    found.name(path, value)
+    found.raise_if_any()
+    return value
+
+
+def page(
+    request: run_service_pb2.ListRunsRequest,
+) -> tuple[frozenset[RunState], int, str]:
+    """States, page size and page token of a listing. Raises InvalidRequest."""
+    found = Violations()
+    for index, state in enumerate(request.states):
+        if state not in _STATES:
+            found.add(f"states[{index}]", f"{state} is no state")
+    found.number("page_size", request.page_size, 0, MAX_PAGE_SIZE)
+    found.text("page_token", request.page_token, max_bytes=MAX_TOKEN_BYTES)
+    found.raise_if_any()
+    states = frozenset(_STATES[state] for state in request.states)
+    return states, request.page_size or DEFAULT_PAGE_SIZE, request.page_token
+
+
+def halt(request: run_service_pb2.HaltRequest) -> tuple[HaltScope, str, str]:
+    """Scope, target and reason of a Halt. Raises InvalidRequest.
+
+    The reason is for people, so one that is too long is cut and never a ground to refuse a Halt.
+    """
+    found = Violations()
+    scope = _SCOPES.get(request.scope)
+    if scope is None:
+        found.add("scope", f"{request.scope} is no scope, one of {', '.join(HaltScope)} expected")
+    elif scope is HaltScope.ALL:
+        if request.target:
+            found.add("target", f"{shown(request.target)} is set, but scope ALL has no target")
+    else:
+        found.name("target", request.target)
+    found.raise_if_any()
+    reason = request.reason.replace("\0", "")
+    if len(reason.encode()) > MAX_HALT_REASON_BYTES:
+        cut = reason.encode()[: MAX_HALT_REASON_BYTES - 3].decode(errors="ignore")
+        reason = f"{cut}..."
+    return scope or HaltScope.ALL, request.target, reason
+
+
+def _spec(
+    spec: run_service_pb2.RunSpec, limits: RequestLimits, found: Violations, path: str
+) -> RunSpec:
+    engine = spec.engine or limits.default_engine or ""
+    if not engine:
+        found.add(f"{path}.engine", "is empty, and the daemon has no runs.default_engine")
+    found.text(f"{path}.engine", spec.engine, max_bytes=MAX_NAME_BYTES)
+    found.text(f"{path}.agent", spec.agent, max_bytes=MAX_NAME_BYTES)
+    if spec.output_schema_json:
+        found.json_object(f"{path}.output_schema_json", spec.output_schema_json)
+    timeout_s = None
+    if spec.HasField("timeout"):
+        timeout_s = found.duration_s(f"{path}.timeout", spec.timeout, limits.max_timeout_s)
+    return RunSpec(
+        messages=_messages(spec.messages, found, f"{path}.messages"),
+        engine=engine,
+        limits=_limits(spec.limits, limits, found, f"{path}.limits"),
+        timeout_s=limits.timeout_s if timeout_s is None else timeout_s,
+        tools=_tools(spec.tools, limits, found, f"{path}.tools"),
+        output_schema_json=spec.output_schema_json,
+        sampling=_sampling(spec.sampling, found, f"{path}.sampling"),
+        agent=spec.agent,
+    )
+
+
+def _limits(asked: types_pb2.Limits, limits: RequestLimits, found: Violations, path: str) -> Limits:
+    steps, calls = limits.max_steps, limits.max_tool_calls
+    if asked.HasField("max_steps"):
+        found.number(f"{path}.max_steps", asked.max_steps, 1, limits.max_steps)
+        steps = asked.max_steps
+    if asked.HasField("max_tool_calls"):
+        found.number(f"{path}.max_tool_calls", asked.max_tool_calls, 0, limits.max_tool_calls)
+        calls = asked.max_tool_calls
+    tokens = None
+    if asked.HasField("max_output_tokens"):
+        found.number(f"{path}.max_output_tokens", asked.max_output_tokens, 1, _MAX_UINT32)
+        tokens = asked.max_output_tokens
+    return Limits(max_steps=steps, max_tool_calls=calls, max_output_tokens=tokens)
+
+
+def _sampling(asked: types_pb2.Sampling, found: Violations, path: str) -> Sampling:
+    temperature, top_p = 0.0, 1.0
+    if asked.HasField("temperature"):
+        temperature = asked.temperature
+        found.number(f"{path}.temperature", temperature, 0, 2)
+    if asked.HasField("top_p"):
+        top_p = asked.top_p
+        if not 0 < top_p <= 1:
+            found.add(f"{path}.top_p", f"{top_p:g} is not above 0 and at most 1")
+    seed = asked.seed if asked.HasField("seed") else None
+    return Sampling(temperature=temperature, top_p=top_p, seed=seed)
+
+
+def _tools(
+    tools: Sequence[types_pb2.Tool], limits: RequestLimits, found: Violations, path: str
+) -> tuple[Tool, ...]:
+    if len(tools) > limits.max_tools:
+        found.add(path, f"{len(tools)} tools, at most {limits.max_tools} allowed (runs.max_tools)")
+        return ()
+    first_at: dict[str, int] = {}
+    for index, tool in enumerate(tools):
+        at = f"{path}[{index}].name"
+        _tool_name(at, tool.name, found)
+        if tool.name in first_at:
+            found.add(at, f"{shown(tool.name)} is already {path}[{first_at[tool.name]}]")
+        first_at.setdefault(tool.name, index)
+    return tuple(_tool(tool, found, f"{path}[{index}]") for index, tool in enumerate(tools))
+
+
+def _tool_name(path: str, value: str, found: Violations) -> None:
+    if not _TOOL_NAME.fullmatch(value):
+        found.add(path, f"{shown(value)} does not match {_TOOL_NAME.pattern}")
+    elif value == ANSWER:
+        found.add(path, f'"{ANSWER}" is taken by the branch that answers in words')
+
+
+def _tool(tool: types_pb2.Tool, found: Violations, path: str) -> Tool:
+    found.text(f"{path}.description", tool.description)
+    if tool.input_schema_json:
+        at = f"{path}.input_schema_json"
+        schema = found.json_object(at, tool.input_schema_json)
+        if schema is not None and schema.get("type") != "object":
+            found.add(at, f'{shown(tool.input_schema_json)} must have "type": "object"')
+    for index, example in enumerate(tool.examples):
+        at = f"{path}.examples[{index}]"
+        found.text(f"{at}.goal", example.goal)
+        found.text(f"{at}.result", example.result)
+        found.json_object(f"{at}.arguments_json", example.arguments_json)
+    timeout_s = valid_for_s = None
+    if tool.HasField("timeout"):
+        timeout_s = found.duration_s(f"{path}.timeout", tool.timeout)
+    if tool.HasField("valid_for"):
+        valid_for_s = found.duration_s(f"{path}.valid_for", tool.valid_for)
+    return Tool(
+        name=tool.name,
+        description=tool.description,
+        input_schema_json=tool.input_schema_json or NO_ARGUMENTS,
+        examples=tuple(ToolExample(e.goal, e.arguments_json, e.result) for e in tool.examples),
+        timeout_s=timeout_s,
+        valid_for_s=valid_for_s,
+    )
+
+
+def _messages(
+    messages: Sequence[types_pb2.Message], found: Violations, path: str
+) -> tuple[Message, ...]:
+    if not messages:
+        found.add(path, "is empty, at least 1 message expected")
+        return ()
+    converted: list[Message] = []
+    unanswered: dict[str, bool] = {}
+    for index, message in enumerate(messages):
+        at = f"{path}[{index}]"
+        role = _ROLES.get(message.role)
+        if role is None:
+            found.add(f"{at}.role", f"{message.role} is no role")
+            continue
+        if role is Role.SYSTEM and index > 0:
+            found.add(f"{at}.role", "ROLE_SYSTEM is only allowed as the first message")
+        calls = _calls(message, role, unanswered, found, at)
+        _answers(message, role, unanswered, found, at)
+        parts = _parts(message.parts, found, f"{at}.parts")
+        _content(message, role, found, at)
+        converted.append(Message(role, parts, calls, message.tool_call_id, message.is_error))
+    last = messages[-1].role
+    if last in (types_pb2.ROLE_SYSTEM, types_pb2.ROLE_ASSISTANT):
+        at = f"{path}[{len(messages) - 1}].role"
+        found.add(at, f"the last message is {_ROLES[last]}, user or tool expected")
+    return tuple(converted)
+
+
+def _calls(
+    message: types_pb2.Message,
+    role: Role,
+    unanswered: dict[str, bool],
+    found: Violations,
+    path: str,
+) -> tuple[ToolCall, ...]:
+    """The calls of an assistant's turn; notes them in `unanswered`."""
+    if message.tool_calls and role is not Role.ASSISTANT:
+        found.add(f"{path}.tool_calls", f"is set, but the role is {role}, not assistant")
+        return ()
+    for index, call in enumerate(message.tool_calls):
+        at = f"{path}.tool_calls[{index}]"
+        found.name(f"{at}.id", call.id)
+        _tool_name(f"{at}.name", call.name, found)
+        found.json_object(f"{at}.arguments_json", call.arguments_json)
+        if call.id in unanswered:
+            found.add(f"{at}.id", f"{shown(call.id)} is the id of an earlier call")
+        unanswered[call.id] = True
+    return tuple(ToolCall(call.id, call.name, call.arguments_json) for call in message.tool_calls)
+
+
+def _answers(
+    message: types_pb2.Message,
+    role: Role,
+    unanswered: dict[str, bool],
+    found: Violations,
+    path: str,
+) -> None:
+    """That a tool's turn answers an earlier call, once, and no other turn answers any."""
+    at, call_id = f"{path}.tool_call_id", message.tool_call_id
+    if role is not Role.TOOL:
+        if call_id:
+            found.add(at, f"{shown(call_id)} is set, but the role is {role}, not tool")
+        if message.is_error:
+            found.add(f"{path}.is_error", f"is set, but the role is {role}, not tool")
+    elif call_id not in unanswered:
+        found.add(at, f"{shown(call_id)} is the id of no earlier tool call")
+    elif not unanswered[call_id]:
+        found.add(at, f"{shown(call_id)} is already answered by an earlier message")
+    else:
+        unanswered[call_id] = False
+
+
+def _content(message: types_pb2.Message, role: Role, found: Violations, path: str) -> None:
+    """That a turn says something; only a tool may return nothing."""
+    if role is Role.TOOL or message.tool_calls:
+        return
+    if not any(p.WhichOneof("kind") != "text" or p.text.strip() for p in message.parts):
+        found.add(f"{path}.parts", "has no text")
+
+
+def _result_parts(
+    parts: Sequence[types_pb2.Part], limits: RequestLimits, found: Violations, path: str
+) -> tuple[Part, ...]:
+    size = sum(len(part.text.encode()) for part in parts)
+    if size > limits.max_tool_result_bytes:
+        limit = limits.max_tool_result_bytes
+        found.add(path, f"{size} bytes of text, at most {limit} allowed")
+    return _parts(parts, found, path)
+
+
+def _parts(parts: Iterable[types_pb2.Part], found: Violations, path: str) -> tuple[Part, ...]:
+    converted: list[Part] = []
+    for index, part in enumerate(parts):
+        at, kind = f"{path}[{index}]", part.WhichOneof("kind")
+        if kind == "text":
+            found.text(f"{at}.text", part.text)
+            converted.append(TextPart(part.text))
+        elif kind is None:
+            found.add(at, "is neither text nor image nor audio")
+        else:
+            found.add_unsupported(f"{at}.{kind}")
+    return tuple(converted)

@@ -1,0 +1,152 @@
+"""What the servicers need of the rest of the daemon, as Protocols.
+
+Owns no behaviour. The owners of runs and engines and the daemon satisfy these; so do the small
+in-memory implementations that the API's tests bring along. Everything speaks `core` values and
+raises `errors`, never gRPC's.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from edge_agent.core import (
+    DaemonStatus,
+    EngineInfo,
+    Event,
+    Halt,
+    HaltOutcome,
+    HaltScope,
+    Run,
+    RunError,
+    RunSpec,
+    RunState,
+    ToolResult,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What the configuration allows a request to ask for.
+
+    `max_steps` and `max_tool_calls` are both the default and the most that a run may have;
+    `timeout_s` is the default and `max_timeout_s` the most.
+    """
+
+    default_engine: str | None
+    timeout_s: float
+    max_timeout_s: float
+    max_steps: int
+    max_tool_calls: int
+    max_request_bytes: int
+    max_tools: int
+    max_tool_result_bytes: int
+    slow_reader_s: float
+
+
+class RunsPort(Protocol):
+    """The owner of runs. The plain methods act at once and never block."""
+
+    def create(self, spec: RunSpec, *, client: str, request_id: str) -> Run:
+        """Accept a run, or return the one that `request_id` made before.
+
+        Raises:
+            AlreadyExists: the same `request_id` with another body.
+            Halted, Unavailable, Overloaded: no new runs now.
+            NotFound: no such engine.
+        """
+        ...
+
+    def get(self, run_id: str) -> Run:
+        """The run as it stands. Raises NotFound."""
+        ...
+
+    def list(
+        self, *, states: frozenset[RunState], page_size: int, page_token: str
+    ) -> tuple[tuple[Run, ...], str]:
+        """A page, newest first, and the token of the next one; no states means all of them.
+
+        Raises:
+            InvalidRequest: a page token that this daemon did not give out.
+        """
+        ...
+
+    def cancel(self, run_id: str, reason: RunError) -> Run:
+        """End a run; one that has ended stays as it is. Raises NotFound."""
+        ...
+
+    def submit(self, run_id: str, results: Sequence[ToolResult]) -> Run:
+        """Hand in results that open calls wait for.
+
+        Raises:
+            NotFound: no such run, or it never made such a call.
+            FailedPrecondition: the call does not wait any more.
+        """
+        ...
+
+    def watch(self, run_id: str, after_sequence: int | None) -> AsyncIterator[Event]:
+        """A snapshot, then the events after `after_sequence`, until the run has ended.
+
+        Neighbouring text deltas are merged while the reader is busy. Raises NotFound.
+        """
+        ...
+
+    async def halt(self, scope: HaltScope, target: str, reason: str, client: str) -> HaltOutcome:
+        """Act, then record."""
+        ...
+
+    async def clear_halt(self, halt_id: str) -> None:
+        """Lift a Halt. Raises NotFound."""
+        ...
+
+    def halts(self) -> tuple[Halt, ...]:
+        """Every latched Halt."""
+        ...
+
+
+class EnginesPort(Protocol):
+    """The owner of engines."""
+
+    def engines(self) -> tuple[EngineInfo, ...]:
+        """All installed engines, by name."""
+        ...
+
+    def engine(self, name: str) -> EngineInfo:
+        """One engine. Raises NotFound."""
+        ...
+
+    async def load(self, name: str) -> EngineInfo:
+        """Bring an engine into memory; returns once it is READY. Raises NotFound, LoadFailed."""
+        ...
+
+    async def unload(self, name: str) -> EngineInfo:
+        """End an engine's process; returns once it is gone.
+
+        Raises:
+            NotFound: no such engine.
+            FailedPrecondition: runs use it.
+        """
+        ...
+
+    def watch(self) -> AsyncIterator[EngineInfo]:
+        """All engines at once, then each one that changes."""
+        ...
+
+
+class DaemonPort(Protocol):
+    """The daemon as a whole."""
+
+    def status(self) -> DaemonStatus:
+        """How it is."""
+        ...
+
+    def reload(self) -> tuple[str, ...]:
+        """Read the configuration again; returns the options that need a restart.
+
+        Raises:
+            ConfigError: it is broken, and the old one stays in force.
+        """
+        ...
+
+    def drain(self) -> None:
+        """Accept no new runs from now on."""
+        ...

@@ -1,0 +1,182 @@
+"""RunService: runs and Halts over gRPC.
+
+Owns what a stream's end means for its run. Converts and calls; decides nothing about runs.
+"""
+
+# ruff: noqa: ARG002, N802
+# gRPC names the methods and hands a request and a context to each.
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Self
+
+import structlog
+
+from edge_agent.api import convert_request, convert_response
+from edge_agent.api.errors import Context
+from edge_agent.api.interceptors import admin_socket_required, current_call
+from edge_agent.api.ports import RequestLimits, RunsPort
+from edge_agent.api.streaming import closing, write
+from edge_agent.core import HaltScope, Run, RunError
+from edge_agent.errors import EdgeAgentError, FailedPrecondition, InvalidRequest
+from edge_agent.v1 import run_service_pb2 as pb
+from edge_agent.v1 import run_service_pb2_grpc
+
+_log = structlog.get_logger()
+_EventResponse = type[pb.ExecuteRunResponse] | type[pb.ConverseResponse] | type[pb.WatchRunResponse]
+
+
+class RunService(run_service_pb2_grpc.RunServiceServicer):
+    """The calls of RunService."""
+
+    def __init__(self, runs: RunsPort, limits: Callable[[], RequestLimits]) -> None:
+        self._runs = runs
+        self._limits = limits
+
+    async def CreateRun(
+        self, request: pb.CreateRunRequest, context: Context
+    ) -> pb.CreateRunResponse:
+        """Accept a run."""
+        return pb.CreateRunResponse(run=convert_response.run(self._create(request)))
+
+    async def ExecuteRun(self, request: pb.ExecuteRunRequest, context: Context) -> None:  # type: ignore[override]  # writes itself
+        """Accept a run and send its events."""
+        run = self._create(request)
+        with _RunOfStream(self._runs, run, request.on_disconnect) as stream:
+            await self._send_events(run.id, None, pb.ExecuteRunResponse, context)
+            stream.finished = True
+
+    async def Converse(  # type: ignore[override]  # writes itself
+        self, request_iterator: AsyncIterator[pb.ConverseRequest], context: Context
+    ) -> None:
+        """Accept a run, send its events and take tool results meanwhile."""
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("kind") != "start":
+            raise InvalidRequest.field("start", "is missing, the first message starts the run")
+        convert_request.check_size(first, self._limits())
+        run = self._create(first.start, "start.")
+        with _RunOfStream(self._runs, run, first.start.on_disconnect) as stream:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    reader = group.create_task(self._take_results(run.id, request_iterator))
+                    await self._send_events(run.id, None, pb.ConverseResponse, context)
+                    stream.finished = True
+                    reader.cancel()
+            except BaseExceptionGroup as failed:
+                raise failed.exceptions[0] from None
+
+    async def SubmitToolResults(
+        self, request: pb.SubmitToolResultsRequest, context: Context
+    ) -> pb.SubmitToolResultsResponse:
+        """Hand in tool results."""
+        run_id = convert_request.run_id(request.run_id)
+        results = convert_request.tool_results(request.results, self._limits())
+        run = self._runs.submit(run_id, results)
+        return pb.SubmitToolResultsResponse(run=convert_response.run(run))
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
+        """One run."""
+        run = self._runs.get(convert_request.run_id(request.run_id))
+        return pb.GetRunResponse(run=convert_response.run(run))
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
+        """A page of runs."""
+        states, size, token = convert_request.page(request)
+        runs, following = self._runs.list(states=states, page_size=size, page_token=token)
+        return pb.ListRunsResponse(
+            runs=[convert_response.run(run, with_transcript=False) for run in runs],
+            next_page_token=following,
+        )
+
+    async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> None:  # type: ignore[override]  # writes itself
+        """Follow a run."""
+        run_id = convert_request.run_id(request.run_id)
+        after = request.after_sequence if request.HasField("after_sequence") else None
+        await self._send_events(run_id, after, pb.WatchRunResponse, context)
+
+    async def CancelRun(
+        self, request: pb.CancelRunRequest, context: Context
+    ) -> pb.CancelRunResponse:
+        """End a run."""
+        client = current_call().client
+        reason = RunError(
+            "CANCELLED_BY_CALLER", f"cancelled by {client}", metadata={"client": client}
+        )
+        run = self._runs.cancel(convert_request.run_id(request.run_id), reason)
+        return pb.CancelRunResponse(run=convert_response.run(run))
+
+    async def Halt(self, request: pb.HaltRequest, context: Context) -> pb.HaltResponse:
+        """Stop what runs may do."""
+        scope, target, reason = convert_request.halt(request)
+        outcome = await self._runs.halt(scope, target, reason, current_call().client)
+        return pb.HaltResponse(
+            halt=convert_response.halt(outcome.halt),
+            runs_stopped=outcome.runs_stopped,
+            recorded=outcome.recorded,
+        )
+
+    async def ClearHalt(
+        self, request: pb.ClearHaltRequest, context: Context
+    ) -> pb.ClearHaltResponse:
+        """Lift a Halt; that of scope ALL on admin.sock only."""
+        halt_id = convert_request.name(request.halt_id, "halt_id")
+        if not current_call().admin:
+            scopes = {halt.id: halt.scope for halt in self._runs.halts()}
+            if scopes.get(halt_id) is HaltScope.ALL:
+                raise admin_socket_required("ClearHalt of scope ALL")
+        await self._runs.clear_halt(halt_id)
+        return pb.ClearHaltResponse()
+
+    def _create(self, request: pb.CreateRunRequest | pb.ExecuteRunRequest, prefix: str = "") -> Run:
+        spec = convert_request.run_request(request, self._limits(), prefix)
+        return self._runs.create(spec, client=current_call().client, request_id=request.request_id)
+
+    async def _send_events(
+        self, run_id: str, after: int | None, response: _EventResponse, context: Context
+    ) -> None:
+        slow_reader_s = self._limits().slow_reader_s
+        async with closing(self._runs.watch(run_id, after)) as events:
+            async for event in events:
+                message = response()
+                convert_response.fill_event(message.event, event)
+                await write(context, message, slow_reader_s)
+
+    async def _take_results(self, run_id: str, requests: AsyncIterator[pb.ConverseRequest]) -> None:
+        """Hand in what a conversation's caller sends, until it sends no more."""
+        async for request in requests:
+            limits = self._limits()
+            convert_request.check_size(request, limits)
+            if request.WhichOneof("kind") != "tool_results":
+                problem = "is missing, only the first message is another"
+                raise InvalidRequest.field("tool_results", problem)
+            results = convert_request.tool_results(
+                request.tool_results.results, limits, "tool_results.results"
+            )
+            try:
+                self._runs.submit(run_id, results)
+            except FailedPrecondition as late:
+                # The call timed out or the run ended while the result was on its way. The
+                # events say so; to end the stream would take the run's last event with it.
+                _log.info("tool_result_late", run_id=run_id, reason=late.reason)
+
+
+class _RunOfStream:
+    """Cancels a stream's run, unless it is to continue, when the stream ends before it."""
+
+    def __init__(self, runs: RunsPort, run: Run, on_disconnect: int) -> None:
+        self._runs = runs
+        self._run_id = run.id
+        self._continues = on_disconnect == pb.ON_DISCONNECT_CONTINUE
+        self.finished = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.finished or self._continues:
+            return
+        if isinstance(error, EdgeAgentError):
+            reason = error.as_run_error()
+        else:
+            reason = RunError("CLIENT_DISCONNECTED", "the stream that made the run broke")
+        self._runs.cancel(self._run_id, reason)

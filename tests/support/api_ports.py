@@ -1,0 +1,265 @@
+"""Small working owners of runs and engines, in memory, for tests of the API's edge.
+
+A run here does what its test says: `emit` adds an event, and nothing happens by itself. Sequence
+numbers, watching, idempotency and cancellation are real.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+
+from edge_agent.api.ports import RequestLimits
+from edge_agent.core import (
+    DaemonState,
+    DaemonStatus,
+    EngineInfo,
+    EngineState,
+    Event,
+    EventBody,
+    Halt,
+    HaltOutcome,
+    HaltScope,
+    Run,
+    RunError,
+    RunFinished,
+    RunSpec,
+    RunState,
+    Snapshot,
+    StateChanged,
+    ToolCall,
+    ToolCallsIssued,
+    ToolResult,
+    ToolResultAccepted,
+    WorkerInfo,
+)
+from edge_agent.errors import (
+    AlreadyExists,
+    ConfigError,
+    FailedPrecondition,
+    FieldViolation,
+    NotFound,
+)
+
+LIMITS = RequestLimits(
+    default_engine="small",
+    timeout_s=60.0,
+    max_timeout_s=3600.0,
+    max_steps=8,
+    max_tool_calls=16,
+    max_request_bytes=200_000,
+    max_tools=64,
+    max_tool_result_bytes=10_000,
+    slow_reader_s=10.0,
+)
+
+
+class MemoryRuns:
+    """A RunsPort."""
+
+    def __init__(self) -> None:
+        self.specs: dict[str, RunSpec] = {}
+        self.results: list[ToolResult] = []
+        self.watchers = 0
+        self._runs: dict[str, Run] = {}
+        self._events: dict[str, list[Event]] = {}
+        self._by_request: dict[str, str] = {}
+        self._halts: dict[str, Halt] = {}
+        self.changed = asyncio.Condition()
+
+    async def until(self, predicate) -> None:
+        """Wait until something that happened here makes `predicate()` true."""
+        async with self.changed:
+            await asyncio.wait_for(self.changed.wait_for(predicate), 20)
+
+    def _tell(self) -> None:
+        async def notify() -> None:
+            async with self.changed:
+                self.changed.notify_all()
+
+        self._notifying = asyncio.get_running_loop().create_task(notify())
+
+    def emit(self, run_id: str, body: EventBody) -> None:
+        run = self._runs[run_id]
+        if isinstance(body, RunFinished):
+            run = body.run
+        elif isinstance(body, StateChanged):
+            run = replace(run, state=body.state)
+        elif isinstance(body, ToolCallsIssued):
+            run = replace(run, state=RunState.WAITING_TOOL, open_tool_calls=body.tool_calls)
+        run = replace(run, sequence=run.sequence + 1)
+        if isinstance(body, RunFinished):
+            body = RunFinished(run)
+        self._runs[run_id] = run
+        self._events[run_id].append(Event(run_id, run.sequence, body))
+        self._tell()
+
+    def issue(self, run_id: str, *calls: ToolCall) -> None:
+        self.emit(run_id, ToolCallsIssued(1, calls))
+
+    def finish(self, run_id: str, answer: str) -> None:
+        run = replace(self._runs[run_id], state=RunState.SUCCEEDED, answer=answer)
+        self.emit(run_id, RunFinished(replace(run, open_tool_calls=())))
+
+    def create(self, spec: RunSpec, *, client: str, request_id: str) -> Run:
+        if spec.engine == "explodes":
+            raise RuntimeError("secret detail")
+        if spec.engine != "small":
+            raise NotFound(f"no engine {spec.engine}", metadata={"engine": spec.engine})
+        known = self._by_request.get(request_id)
+        if known:
+            if self.specs[known] != spec:
+                raise AlreadyExists("another body", metadata={"request_id": request_id})
+            return self._runs[known]
+        run_id = f"run-{len(self._runs) + 1}"
+        run = Run(run_id, request_id, client, spec.agent, spec.engine, RunState.QUEUED, 1.5)
+        self._runs[run_id], self._events[run_id], self.specs[run_id] = run, [], spec
+        if request_id:
+            self._by_request[request_id] = run_id
+        self._tell()
+        return run
+
+    def get(self, run_id: str) -> Run:
+        try:
+            return self._runs[run_id]
+        except KeyError:
+            raise NotFound(f"no run {run_id}", metadata={"run_id": run_id}) from None
+
+    def list(
+        self, *, states: frozenset[RunState], page_size: int, page_token: str
+    ) -> tuple[tuple[Run, ...], str]:
+        runs = [run for run in self._runs.values() if not states or run.state in states]
+        start = int(page_token or 0)
+        end = start + page_size
+        return tuple(runs[::-1][start:end]), str(end) if end < len(runs) else ""
+
+    def cancel(self, run_id: str, reason: RunError) -> Run:
+        run = self.get(run_id)
+        if not run.state.ended:
+            ended = replace(run, state=RunState.CANCELLED, error=reason)
+            self.emit(run_id, RunFinished(ended))
+        return self._runs[run_id]
+
+    def submit(self, run_id: str, results: Sequence[ToolResult]) -> Run:
+        run = self.get(run_id)
+        open_ids = {call.id for call in run.open_tool_calls}
+        for result in results:
+            if result.tool_call_id.startswith("never"):
+                raise NotFound(
+                    f"no call {result.tool_call_id}", metadata={"id": result.tool_call_id}
+                )
+            if result.tool_call_id not in open_ids:
+                raise FailedPrecondition("not open", reason="TOOL_CALL_NOT_OPEN")
+            open_ids.discard(result.tool_call_id)
+            self.results.append(result)
+            run = self._runs[run_id]
+            left = tuple(call for call in run.open_tool_calls if call.id in open_ids)
+            self._runs[run_id] = replace(run, open_tool_calls=left)
+            self.emit(run_id, ToolResultAccepted(result))
+        return self._runs[run_id]
+
+    async def watch(self, run_id: str, after_sequence: int | None) -> AsyncIterator[Event]:
+        run = self.get(run_id)
+        yield Event(run_id, run.sequence, Snapshot(run))
+        position = run.sequence if after_sequence is None else after_sequence
+        self.watchers += 1
+        try:
+            while not (run.state.ended and position >= self._runs[run_id].sequence):
+                async with self.changed:
+                    await self.changed.wait_for(
+                        lambda: len(self._events[run_id]) > position  # noqa: B023 - awaited here
+                    )
+                event = self._events[run_id][position]
+                position += 1
+                yield event
+                if isinstance(event.body, RunFinished):
+                    return
+        finally:
+            self.watchers -= 1
+            self._tell()
+
+    async def halt(self, scope: HaltScope, target: str, reason: str, client: str) -> HaltOutcome:
+        halt = Halt(f"halt-{len(self._halts) + 1}", scope, target, reason, client, 2.25)
+        self._halts[halt.id] = halt
+        return HaltOutcome(halt, runs_stopped=0, recorded=True)
+
+    async def clear_halt(self, halt_id: str) -> None:
+        if self._halts.pop(halt_id, None) is None:
+            raise NotFound(f"no Halt {halt_id}", metadata={"halt_id": halt_id})
+
+    def halts(self) -> tuple[Halt, ...]:
+        return tuple(self._halts.values())
+
+
+class MemoryEngines:
+    """An EnginesPort with one engine, `small`."""
+
+    def __init__(self) -> None:
+        self._info = EngineInfo(
+            name="small",
+            digest="d" * 64,
+            backend="embedded",
+            state=EngineState.INSTALLED,
+            context_tokens=2048,
+            max_output_tokens=256,
+            load_peak_bytes=3 << 20,
+            steady_bytes=2 << 20,
+            capabilities=("tools",),
+            licence="Apache-2.0",
+        )
+        self._changes: asyncio.Queue[EngineInfo] = asyncio.Queue()
+
+    def engines(self) -> tuple[EngineInfo, ...]:
+        return (self._info,)
+
+    def engine(self, name: str) -> EngineInfo:
+        if name != "small":
+            raise NotFound(f"no engine {name}", metadata={"engine": name})
+        return self._info
+
+    async def load(self, name: str) -> EngineInfo:
+        self._info = replace(
+            self.engine(name), state=EngineState.READY, worker=WorkerInfo(4242, 4, 0, 0, 0.5)
+        )
+        self._changes.put_nowait(self._info)
+        return self._info
+
+    async def unload(self, name: str) -> EngineInfo:
+        self._info = replace(self.engine(name), state=EngineState.INSTALLED, worker=None)
+        self._changes.put_nowait(self._info)
+        return self._info
+
+    async def watch(self) -> AsyncIterator[EngineInfo]:
+        yield self._info
+        while True:
+            yield await self._changes.get()
+
+
+class MemoryDaemon:
+    """A DaemonPort whose configuration is broken."""
+
+    def __init__(self, runs: MemoryRuns) -> None:
+        self._runs = runs
+        self.draining = False
+
+    def status(self) -> DaemonStatus:
+        return DaemonStatus(
+            version="9.8.7",
+            state=DaemonState.DRAINING if self.draining else DaemonState.READY,
+            degraded_reasons=(),
+            pid=4711,
+            started_at_s=1000.5,
+            uptime_s=12.25,
+            runs={RunState.QUEUED: 1},
+            engines_installed=1,
+            engines_loaded=0,
+            max_resident_engines=1,
+            halts=self._runs.halts(),
+            config_path="",
+        )
+
+    def reload(self) -> tuple[str, ...]:
+        violations = [FieldViolation(f"runs.key_{i}", "x" * 100) for i in range(200)]
+        raise ConfigError("200 errors in the configuration", violations=violations)
+
+    def drain(self) -> None:
+        self.draining = True
