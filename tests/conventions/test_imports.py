@@ -46,6 +46,7 @@ LAYERS = {
     "paths": Layer.PURE,
     "strict_yaml": Layer.PURE,
     "units": Layer.PURE,
+    "wakeup": Layer.PURE,
     "routing": Layer.PURE,
     "decoding": Layer.PURE,
     "engines.manifest": Layer.PURE,
@@ -54,6 +55,7 @@ LAYERS = {
     "scheduling.eviction": Layer.PURE,
     "scheduling.order": Layer.PURE,
     "scheduling.queue": Layer.PURE,
+    "scheduling.residency": Layer.PURE,
     "backends.base": Layer.PURE,
     "backends": Layer.OWNER,
     "building": Layer.OWNER,
@@ -73,7 +75,13 @@ LAYERS = {
 }
 
 # Modules that decide, with time and chance handed to them: they read no clock and do no I/O.
-DECIDING = ("routing", "scheduling.admission", "scheduling.eviction", "scheduling.order")
+DECIDING = (
+    "routing",
+    "scheduling.admission",
+    "scheduling.eviction",
+    "scheduling.order",
+    "scheduling.residency",
+)
 EFFECTS = frozenset({"asyncio", "random", "socket", "sqlite3", "subprocess", "threading", "time"})
 
 GRPC_HOMES = ("api", "client", "cli", "observability.otlp")
