@@ -18,6 +18,9 @@ from edge_agent.errors import ManifestError
 SCHEMA: Final = 1
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
+MANIFEST_NAME: Final = "manifest.json"
+MAX_PATH_BYTES: Final = 200
+
 BackendName = Literal["llama_cpp"]
 BACKENDS: Final[tuple[str, ...]] = get_args(BackendName)
 
@@ -140,8 +143,7 @@ class Manifest(Strict, frozen=True, kw_only=True):
             ManifestError: names the field, the value and the rule.
         """
         check_name(self.name)
-        for spec in self.files:
-            check_path(spec.path)
+        _check_files([spec.path for spec in self.files])
         if not any(spec.path == self.model for spec in self.files):
             raise ManifestError(f"model: {self.model!r} is not among files")
         if self.max_output_tokens >= self.context_tokens:
@@ -166,16 +168,32 @@ def check_name(name: str) -> None:
 
 
 def check_path(path: str) -> None:
-    """A file of an engine lies below the engine's directory.
+    """A file of an engine lies below the engine's directory, under one spelling.
 
     Raises:
         ManifestError: names the value and the rule.
     """
     pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\0" in path or "\\" in path:
+    wrong = pure.is_absolute() or ".." in pure.parts or str(pure) != path or path == "."
+    if wrong or "\\" in path or not path.isprintable() or len(path.encode()) > MAX_PATH_BYTES:
         raise ManifestError(
-            f"files: path {path!r}, must be relative, without '..'", metadata={"path": path}
+            f"files: path {path!r}, must be relative and plain, without '..', '\\' or unprintable "
+            f"characters, at most {MAX_PATH_BYTES} bytes",
+            metadata={"path": path},
         )
+
+
+def _check_files(paths: list[str]) -> None:
+    """No two files in one place, and none where the manifest goes."""
+    for path in paths:
+        check_path(path)
+    for path in [*paths, MANIFEST_NAME]:
+        above = {str(parent) for parent in PurePosixPath(path).parents}
+        if [*paths, MANIFEST_NAME].count(path) > 1 or above.intersection([*paths, MANIFEST_NAME]):
+            raise ManifestError(
+                f"files: path {path!r} is taken by another file or the manifest",
+                metadata={"path": path},
+            )
 
 
 def decode_manifest(raw: bytes) -> Manifest:

@@ -1,0 +1,224 @@
+"""Which engines are installed: reads the store's manifests, checks files, removes engines.
+
+Keeps nothing in memory: what the disk says now is what counts. An engine is a directory of the
+store with a valid `manifest.json` of the same name; nothing else is ever listed. Installing is
+`engines.install`'s.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from edge_agent.engines import store
+from edge_agent.engines.manifest import (
+    MANIFEST_NAME,
+    NAME,
+    FileSpec,
+    Manifest,
+    decode_manifest,
+)
+from edge_agent.errors import FieldViolation, ManifestError, NotFound
+
+LOCK_TIMEOUT_S: Final = 30.0
+MAX_MANIFEST_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenEngine:
+    """A directory in the store that is no engine, and why."""
+
+    name: str
+    description: str
+
+
+class Catalogue:
+    """The engines below one store directory, which need not exist yet."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def list(self) -> tuple[Manifest, ...]:
+        """The manifests of all installed engines, by name.
+
+        Raises:
+            ManifestError: the store can't be read.
+        """
+        return self._scan()[0]
+
+    def problems(self) -> tuple[BrokenEngine, ...]:
+        """What is in the store and is no engine, by name; hidden names are not reported.
+
+        Raises:
+            ManifestError: the store can't be read.
+        """
+        return self._scan()[1]
+
+    def get(self, name: str) -> Manifest:
+        """The manifest of an installed engine.
+
+        Raises:
+            NotFound: names the installed engines.
+            ManifestError: it is there, but broken.
+        """
+        self._require(name)
+        return _read(self.root / name)
+
+    def directory(self, name: str) -> Path:
+        """Where an engine's files are.
+
+        Raises:
+            NotFound: names the installed engines.
+        """
+        self._require(name)
+        return self.root / name
+
+    def quick_check(self, name: str) -> tuple[FieldViolation, ...]:
+        """Missing files and wrong sizes, without reading the files.
+
+        Raises:
+            NotFound: names the installed engines.
+            ManifestError: its manifest is broken.
+        """
+        manifest = self.get(name)
+        found = (_check_size(self.root / name, spec) for spec in manifest.files)
+        return tuple(violation for violation in found if violation)
+
+    def verify(self, name: str, progress: Callable[[float], None]) -> tuple[FieldViolation, ...]:
+        """Files whose size or SHA-256 is not the manifest's; reads every byte.
+
+        Args:
+            name: of the engine.
+            progress: told the fraction done, 0 to 1.
+
+        Returns:
+            One violation for each wrong file, with what is expected and what was found.
+
+        Raises:
+            NotFound: names the installed engines.
+            ManifestError: its manifest is broken.
+        """
+        manifest = self.get(name)
+        total = sum(spec.size_bytes for spec in manifest.files)
+        done = 0
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            progress(min(1.0, done / total))
+
+        found = []
+        for spec in manifest.files:
+            wrong = _check_size(self.root / name, spec)
+            if wrong is None:
+                wrong = _check_digest(self.root / name, spec, advance)
+            else:
+                advance(spec.size_bytes)
+            if wrong is not None:
+                found.append(wrong)
+        return tuple(found)
+
+    def remove(self, name: str, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
+        """Remove an engine, broken ones too: it is gone from the list at once, then deleted.
+
+        Raises:
+            NotFound: names the installed engines.
+            InstallError: the store is busy or can't be written.
+        """
+        self._require(name)
+        with store.locked(self.root, lock_timeout_s):
+            self._require(name)
+            try:
+                store.take_out(self.root, name)
+            except OSError as error:
+                raise store.failed(self.root, error) from error
+
+    def _require(self, name: str) -> None:
+        """Raise unless the store has a directory of that name."""
+        if NAME.fullmatch(name) and _is_directory(self.root / name):
+            return
+        known = ", ".join(manifest.name for manifest in self.list()) or "none"
+        raise NotFound(
+            f"no engine {name!r} in {self.root}; installed: {known}",
+            reason="ENGINE_NOT_FOUND",
+            metadata={"engine": name, "store": self.root, "installed": known},
+        )
+
+    def _scan(self) -> tuple[tuple[Manifest, ...], tuple[BrokenEngine, ...]]:
+        engines: list[Manifest] = []
+        broken: list[BrokenEngine] = []
+        for name in self._names():
+            try:
+                engines.append(_read(self.root / name))
+            except ManifestError as error:
+                if os.path.lexists(self.root / name):  # else it was removed meanwhile
+                    broken.append(BrokenEngine(name, error.message))
+        return tuple(engines), tuple(broken)
+
+    def _names(self) -> Sequence[str]:
+        try:
+            names = sorted(path.name for path in self.root.iterdir())
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise ManifestError(f"{self.root}: {error.strerror}") from error
+        return [name for name in names if not name.startswith(".")]
+
+
+def _read(directory: Path) -> Manifest:
+    """The manifest of one engine's directory.
+
+    Raises:
+        ManifestError: names the directory and what is wrong.
+    """
+    path = directory / MANIFEST_NAME
+    if not _is_directory(directory):
+        raise ManifestError(f"{directory}: must be a directory")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}") from error
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        manifest = decode_manifest(raw)
+    except ManifestError as error:
+        raise ManifestError(f"{directory}: {error.message}", metadata=error.metadata) from error
+    if manifest.name != directory.name:
+        raise ManifestError(f"{path}: name {manifest.name!r}, must be the directory's name")
+    return manifest
+
+
+def _is_directory(path: Path) -> bool:
+    """A directory itself, no link to one: everything of the store lies below the store."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _check_size(directory: Path, spec: FileSpec) -> FieldViolation | None:
+    path = directory / spec.path
+    expected = f"expected {spec.size_bytes} bytes"
+    try:
+        if path.resolve() != directory.resolve() / spec.path:
+            return FieldViolation(spec.path, f"{expected}, found a symbolic link")
+        status = path.stat()
+    except OSError as error:
+        return FieldViolation(spec.path, f"{expected}, found: {error.strerror}")
+    if not stat.S_ISREG(status.st_mode):
+        return FieldViolation(spec.path, f"{expected}, found no regular file")
+    if status.st_size != spec.size_bytes:
+        return FieldViolation(spec.path, f"{expected}, found {status.st_size}")
+    return None
+
+
+def _check_digest(
+    directory: Path, spec: FileSpec, advance: Callable[[int], None]
+) -> FieldViolation | None:
+    expected = f"expected SHA-256 {spec.sha256}"
+    try:
+        found = store.hash_file(directory / spec.path, advance)
+    except OSError as error:
+        return FieldViolation(spec.path, f"{expected}, found: {error.strerror}")
+    return None if found == spec.sha256 else FieldViolation(spec.path, f"{expected}, found {found}")
