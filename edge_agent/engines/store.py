@@ -187,6 +187,18 @@ def copy_file(
     return size, digest.hexdigest()
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write the new file `path` and fsync it.
+
+    Raises:
+        OSError: as the file system says.
+    """
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def hash_file(path: Path, advance: Callable[[int], None]) -> str:
     """SHA-256 of a file; `advance` is told the number of bytes of each piece.
 
