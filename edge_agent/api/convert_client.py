@@ -1,0 +1,301 @@
+"""The client's half of the conversions: requests from core values, core values from responses.
+
+Owns `RunOptions`, a run's spec in which everything may be left to the daemon. Checks nothing: the
+daemon does. Knows no channel.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TypedDict
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from edge_agent import core
+from edge_agent.api import convert_response
+from edge_agent.v1 import engine_service_pb2, run_service_pb2, system_service_pb2, types_pb2
+
+_NANOS = 1_000_000_000
+_ROLES = {types_pb2.Role.Value(f"ROLE_{role.name}"): role for role in core.Role}
+
+
+class RunOptions(TypedDict, total=False):
+    """What else a run may be given; what is left out is the daemon's default.
+
+    `system` is put in front of the messages. `timeout_s` counts from acceptance to the end.
+    """
+
+    engine: str
+    system: str
+    output_schema_json: str
+    max_steps: int
+    max_output_tokens: int
+    max_tool_calls: int
+    temperature: float
+    top_p: float
+    seed: int
+    timeout_s: float
+    agent: str
+
+
+def run_spec(
+    goal: str | Sequence[core.Message], tools: Sequence[core.Tool], options: RunOptions
+) -> run_service_pb2.RunSpec:
+    """A goal in a user's words, or a whole conversation, with its options."""
+    messages = [_said(core.Role.USER, goal)] if isinstance(goal, str) else list(goal)
+    if "system" in options:
+        messages.insert(0, _said(core.Role.SYSTEM, options["system"]))
+    return run_service_pb2.RunSpec(
+        messages=[convert_response.message(turn) for turn in messages],
+        tools=[tool(each) for each in tools],
+        engine=options.get("engine", ""),
+        output_schema_json=options.get("output_schema_json", ""),
+        limits=types_pb2.Limits(
+            max_steps=options.get("max_steps"),
+            max_output_tokens=options.get("max_output_tokens"),
+            max_tool_calls=options.get("max_tool_calls"),
+        ),
+        sampling=types_pb2.Sampling(
+            temperature=options.get("temperature"),
+            top_p=options.get("top_p"),
+            seed=options.get("seed"),
+        ),
+        timeout=convert_response.duration(options.get("timeout_s")),
+        agent=options.get("agent", ""),
+    )
+
+
+def tool(value: core.Tool) -> types_pb2.Tool:
+    """Something that the caller can do for the model."""
+    return types_pb2.Tool(
+        name=value.name,
+        description=value.description,
+        input_schema_json=value.input_schema_json,
+        examples=[
+            types_pb2.ToolExample(
+                goal=example.goal, arguments_json=example.arguments_json, result=example.result
+            )
+            for example in value.examples
+        ],
+        timeout=convert_response.duration(value.timeout_s),
+        valid_for=convert_response.duration(value.valid_for_s),
+    )
+
+
+def results_request(results: Iterable[core.ToolResult]) -> run_service_pb2.ConverseRequest:
+    """A later message of a conversation."""
+    converted = [convert_response.tool_result(result) for result in results]
+    return run_service_pb2.ConverseRequest(
+        tool_results=run_service_pb2.ToolResults(results=converted)
+    )
+
+
+def run(value: run_service_pb2.Run) -> core.Run:
+    """A run as it stands."""
+    return core.Run(
+        id=value.id,
+        request_id=value.request_id,
+        client=value.client,
+        agent=value.agent,
+        engine=value.engine,
+        state=_run_state(value.state),
+        created_at_s=_unix_s(value.created_at),
+        sequence=value.sequence,
+        ended_at_s=_unix_s(value.ended_at) if value.HasField("ended_at") else None,
+        steps=value.steps,
+        transcript=tuple(_message(turn) for turn in value.transcript),
+        open_tool_calls=tuple(_tool_call(call) for call in value.open_tool_calls),
+        partial_text=value.partial_text,
+        answer=value.answer if value.HasField("answer") else None,
+        error=_run_error(value.error) if value.HasField("error") else None,
+        usage=_usage(value.usage),
+    )
+
+
+def event(value: run_service_pb2.RunEvent) -> core.Event | None:
+    """An event; None for a kind that a newer daemon sends and this client does not know."""
+    body = _body(value)
+    return None if body is None else core.Event(value.run_id, value.sequence, body)
+
+
+def halt(value: run_service_pb2.HaltRecord) -> core.Halt:
+    """One latched Halt."""
+    return core.Halt(
+        id=value.halt_id,
+        scope=core.HaltScope[run_service_pb2.HaltScope.Name(value.scope)[11:]],
+        target=value.target,
+        reason=value.reason,
+        client=value.client,
+        created_at_s=_unix_s(value.created_at),
+    )
+
+
+def halt_outcome(value: run_service_pb2.HaltResponse) -> core.HaltOutcome:
+    """What a Halt did."""
+    return core.HaltOutcome(halt(value.halt), value.runs_stopped, value.recorded)
+
+
+def halt_request(scope: core.HaltScope, target: str, reason: str) -> run_service_pb2.HaltRequest:
+    """The request for a Halt."""
+    wire_scope = run_service_pb2.HaltScope.Value(f"HALT_SCOPE_{scope}")
+    return run_service_pb2.HaltRequest(scope=wire_scope, target=target, reason=reason)
+
+
+def list_request(
+    states: Iterable[core.RunState], page_token: str
+) -> run_service_pb2.ListRunsRequest:
+    """The request for one page of runs."""
+    wire_states = [run_service_pb2.RunState.Value(f"RUN_STATE_{state}") for state in states]
+    return run_service_pb2.ListRunsRequest(states=wire_states, page_token=page_token)
+
+
+def engine(value: engine_service_pb2.Engine) -> core.EngineInfo:
+    """An installed engine."""
+    worker = value.worker
+    return core.EngineInfo(
+        name=value.name,
+        digest=value.digest,
+        backend=value.backend,
+        state=core.EngineState[engine_service_pb2.EngineState.Name(value.state)[13:]],
+        context_tokens=value.context_tokens,
+        max_output_tokens=value.max_output_tokens,
+        load_peak_bytes=value.load_peak_bytes,
+        steady_bytes=value.steady_bytes,
+        capabilities=tuple(value.capabilities),
+        licence=value.licence,
+        worker=core.WorkerInfo(
+            pid=worker.pid,
+            slots=worker.slots,
+            active_steps=worker.active_steps,
+            waiting_steps=worker.waiting_steps,
+            load_s=_seconds(worker.load_time) if worker.HasField("load_time") else None,
+        )
+        if value.HasField("worker")
+        else None,
+        error=_run_error(value.error) if value.HasField("error") else None,
+        load_progress=value.load_progress if value.HasField("load_progress") else None,
+    )
+
+
+def status(value: system_service_pb2.GetStatusResponse) -> core.DaemonStatus:
+    """The daemon as a whole."""
+    return core.DaemonStatus(
+        version=value.version,
+        state=core.DaemonState[system_service_pb2.DaemonState.Name(value.state)[13:]],
+        degraded_reasons=tuple(value.degraded_reasons),
+        pid=value.pid,
+        started_at_s=_unix_s(value.started_at),
+        uptime_s=_seconds(value.uptime),
+        runs={core.RunState[state]: count for state, count in value.runs.items()},
+        engines_installed=value.engines_installed,
+        engines_loaded=value.engines_loaded,
+        max_resident_engines=value.max_resident_engines,
+        halts=tuple(halt(latched) for latched in value.halts),
+        config_path=value.config_path,
+    )
+
+
+def _body(value: run_service_pb2.RunEvent) -> core.EventBody | None:  # noqa: PLR0911 - one a kind
+    match value.WhichOneof("kind"):
+        case "text_delta":
+            delta = value.text_delta
+            return core.TextDelta(delta.step, delta.text, delta.tokens)
+        case "snapshot":
+            return core.Snapshot(run(value.snapshot))
+        case "state_changed":
+            change = value.state_changed
+            progress = change.load_progress if change.HasField("load_progress") else None
+            return core.StateChanged(_run_state(change.state), progress)
+        case "tool_calls_issued":
+            issued = value.tool_calls_issued
+            return core.ToolCallsIssued(issued.step, tuple(map(_tool_call, issued.tool_calls)))
+        case "tool_result_accepted":
+            return core.ToolResultAccepted(_tool_result(value.tool_result_accepted.result))
+        case "step_finished":
+            return _step_finished(value.step_finished)
+        case "cancel_tool":
+            cancel = value.cancel_tool
+            return core.CancelTool(cancel.tool_call_id, _run_error(cancel.reason))
+        case "run_finished":
+            return core.RunFinished(run(value.run_finished.run))
+        case _:
+            return None
+
+
+def _step_finished(value: run_service_pb2.StepFinished) -> core.StepFinished:
+    return core.StepFinished(
+        step=value.step,
+        message=_message(value.message),
+        usage=_usage(value.usage),
+        finish_reason=core.FinishReason(value.finish_reason),
+        tool_margin=value.tool_margin if value.HasField("tool_margin") else None,
+    )
+
+
+def _said(role: core.Role, text: str) -> core.Message:
+    return core.Message(role, (core.TextPart(text),))
+
+
+def _run_state(value: "run_service_pb2.RunState.ValueType") -> core.RunState:
+    return core.RunState[run_service_pb2.RunState.Name(value)[10:]]
+
+
+def _message(value: types_pb2.Message) -> core.Message:
+    return core.Message(
+        role=_ROLES[value.role],
+        parts=_parts(value.parts),
+        tool_calls=tuple(_tool_call(call) for call in value.tool_calls),
+        tool_call_id=value.tool_call_id,
+        is_error=value.is_error,
+    )
+
+
+def _parts(values: Iterable[types_pb2.Part]) -> tuple[core.Part, ...]:
+    return tuple(_part(value) for value in values)
+
+
+def _part(value: types_pb2.Part) -> core.Part:
+    if value.HasField("image"):
+        return core.BlobPart(core.PartKind.IMAGE, value.image.media_type, value.image.data)
+    if value.HasField("audio"):
+        return core.BlobPart(core.PartKind.AUDIO, value.audio.media_type, value.audio.data)
+    return core.TextPart(value.text)
+
+
+def _tool_call(value: types_pb2.ToolCall) -> core.ToolCall:
+    return core.ToolCall(
+        id=value.id,
+        name=value.name,
+        arguments_json=value.arguments_json,
+        valid_for_s=_seconds(value.valid_for) if value.HasField("valid_for") else None,
+        observed_ago_s=_seconds(value.observed_ago) if value.HasField("observed_ago") else None,
+    )
+
+
+def _tool_result(value: types_pb2.ToolResult) -> core.ToolResult:
+    return core.ToolResult(value.tool_call_id, _parts(value.parts), value.is_error, value.cancelled)
+
+
+def _run_error(value: types_pb2.RunError) -> core.RunError:
+    return core.RunError(value.reason, value.message, value.retryable, dict(value.metadata))
+
+
+def _usage(value: types_pb2.Usage) -> core.Usage:
+    """The speed on the wire becomes the time that decoding took, which core derives it from."""
+    speed = value.tokens_per_second if value.HasField("tokens_per_second") else 0.0
+    return core.Usage(
+        prompt_tokens=value.prompt_tokens,
+        cached_tokens=value.cached_tokens,
+        completion_tokens=value.completion_tokens,
+        queue_s=_seconds(value.queue_time),
+        load_s=_seconds(value.load_time),
+        decode_s=value.completion_tokens / speed if speed > 0 else 0.0,
+        ttft_ms=value.ttft_ms if value.HasField("ttft_ms") else None,
+    )
+
+
+def _seconds(value: Duration) -> float:
+    return value.seconds + value.nanos / _NANOS
+
+
+def _unix_s(value: Timestamp) -> float:
+    return value.seconds + value.nanos / _NANOS

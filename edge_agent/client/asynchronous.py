@@ -1,0 +1,201 @@
+"""`AsyncClient`: the daemon for asyncio."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from edge_agent.api import convert_client as convert
+from edge_agent.api import convert_response
+from edge_agent.api.convert_client import RunOptions
+from edge_agent.client.toolbox import Toolbox, Tools
+from edge_agent.client.wire import (
+    CHANNEL_OPTIONS,
+    Goal,
+    cut_short,
+    default_address,
+    start,
+    target,
+    typed_errors,
+)
+from edge_agent.core import (
+    DaemonStatus,
+    EngineInfo,
+    Event,
+    HaltOutcome,
+    HaltScope,
+    Run,
+    RunState,
+    Tool,
+    ToolResult,
+)
+from edge_agent.v1 import engine_service_pb2 as engine_pb
+from edge_agent.v1 import run_service_pb2 as run_pb
+from edge_agent.v1 import system_service_pb2 as system_pb
+from edge_agent.v1.engine_service_pb2_grpc import EngineServiceStub
+from edge_agent.v1.run_service_pb2_grpc import RunServiceStub
+from edge_agent.v1.system_service_pb2_grpc import SystemServiceStub
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """A connection to the daemon, for asyncio. Made and used in one event loop."""
+
+    def __init__(self, address: str | None = None, *, name: str = "anonymous") -> None:
+        self.address = address or default_address()
+        self._metadata = (("edge-agent-client", name),)
+        self._channel = grpc.aio.insecure_channel(target(self.address), options=CHANNEL_OPTIONS)
+        self._runs = RunServiceStub(self._channel)
+        self._engines = EngineServiceStub(self._channel)
+        self._system = SystemServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Hang up."""
+        await self._channel.close()
+
+    async def run(
+        self,
+        goal: Goal,
+        tools: Tools | None = None,
+        on_event: Callable[[Event], object] | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Run:
+        """Carry a run to its end, as `Client.run` does.
+
+        A coroutine function is cancelled when its call is; any other runs in a thread, and what it
+        has begun it finishes.
+        """
+        box = Toolbox(tools)
+        call = self._runs.Converse(metadata=self._metadata)
+        worker = asyncio.create_task(_work(box, call))
+        try:
+            with self._typed():
+                await call.write(start(goal, box.tools, options))
+                async for response in call:
+                    event = convert.event(response.event)
+                    if event and (run := box.see(event, on_event)) is not None:
+                        return run
+            raise cut_short()
+        finally:
+            worker.cancel()
+            call.cancel()
+            await asyncio.gather(worker, return_exceptions=True)
+
+    def execute(
+        self, goal: Goal, tools: Sequence[Tool] = (), **options: Unpack[RunOptions]
+    ) -> AsyncIterator[Event]:
+        """Start a run and follow it; to close the iterator cancels it."""
+        request = run_pb.ExecuteRunRequest(spec=convert.run_spec(goal, tools, options))
+        return self._events(self._runs.ExecuteRun, request)
+
+    async def create(
+        self,
+        goal: Goal,
+        tools: Sequence[Tool] = (),
+        request_id: str = "",
+        **options: Unpack[RunOptions],
+    ) -> Run:
+        """Start a run that goes on without us; the same `request_id` starts it once only."""
+        spec = convert.run_spec(goal, tools, options)
+        request = run_pb.CreateRunRequest(spec=spec, request_id=request_id)
+        return convert.run((await self._call(self._runs.CreateRun, request)).run)
+
+    def watch(self, run_id: str, after_sequence: int | None = None) -> AsyncIterator[Event]:
+        """Follow a run to its end; to stop reading changes nothing for it."""
+        request = run_pb.WatchRunRequest(run_id=run_id, after_sequence=after_sequence)
+        return self._events(self._runs.WatchRun, request)
+
+    async def get(self, run_id: str) -> Run:
+        """The run as it stands."""
+        request = run_pb.GetRunRequest(run_id=run_id)
+        return convert.run((await self._call(self._runs.GetRun, request)).run)
+
+    async def list(self, states: Iterable[RunState] = ()) -> AsyncIterator[Run]:
+        """Every run in one of `states` (none: all), newest first, without transcripts."""
+        states, token = tuple(states), ""
+        while True:
+            page = await self._call(self._runs.ListRuns, convert.list_request(states, token))
+            for run in page.runs:
+                yield convert.run(run)
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def cancel(self, run_id: str) -> Run:
+        """End a run."""
+        request = run_pb.CancelRunRequest(run_id=run_id)
+        return convert.run((await self._call(self._runs.CancelRun, request)).run)
+
+    async def submit_tool_results(self, run_id: str, results: Iterable[ToolResult]) -> Run:
+        """Return results that a run waits for."""
+        request = run_pb.SubmitToolResultsRequest(
+            run_id=run_id, results=map(convert_response.tool_result, results)
+        )
+        return convert.run((await self._call(self._runs.SubmitToolResults, request)).run)
+
+    async def halt(
+        self, scope: HaltScope = HaltScope.ALL, target: str = "", reason: str = ""
+    ) -> HaltOutcome:
+        """Stop what runs may do, until cleared."""
+        request = convert.halt_request(scope, target, reason)
+        return convert.halt_outcome(await self._call(self._runs.Halt, request))
+
+    async def clear_halt(self, halt_id: str) -> None:
+        """Lift a Halt."""
+        await self._call(self._runs.ClearHalt, run_pb.ClearHaltRequest(halt_id=halt_id))
+
+    async def engines(self) -> tuple[EngineInfo, ...]:
+        """All installed engines."""
+        response = await self._call(self._engines.ListEngines, engine_pb.ListEnginesRequest())
+        return tuple(map(convert.engine, response.engines))
+
+    async def load(self, name: str) -> EngineInfo:
+        """Bring an engine into memory; admin.sock only."""
+        request = engine_pb.LoadEngineRequest(name=name)
+        return convert.engine((await self._call(self._engines.LoadEngine, request)).engine)
+
+    async def unload(self, name: str) -> EngineInfo:
+        """Take an engine out of memory; admin.sock only."""
+        request = engine_pb.UnloadEngineRequest(name=name)
+        return convert.engine((await self._call(self._engines.UnloadEngine, request)).engine)
+
+    async def status(self) -> DaemonStatus:
+        """The daemon as a whole."""
+        request = system_pb.GetStatusRequest()
+        return convert.status(await self._call(self._system.GetStatus, request))
+
+    async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
+        with self._typed():
+            return await method(request, metadata=self._metadata)
+
+    async def _events(self, method: Callable[..., Any], request: object) -> AsyncIterator[Event]:
+        call = method(request, metadata=self._metadata)
+        try:
+            with self._typed():
+                async for response in call:
+                    event = convert.event(response.event)
+                    if event is not None:
+                        yield event
+        finally:
+            call.cancel()
+
+    def _typed(self) -> AbstractContextManager[None]:
+        return typed_errors(self.address)
+
+
+async def _work(box: Toolbox, call: Any) -> None:
+    while True:
+        await box.arrived.wait()
+        box.arrived.clear()
+        while box.waiting:
+            result = await box.execute_next_async()
+            await call.write(convert.results_request([result]))

@@ -1,0 +1,209 @@
+"""`Client`: the daemon for ordinary, blocking code."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from queue import SimpleQueue
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from edge_agent.api import convert_client as convert
+from edge_agent.api import convert_response
+from edge_agent.api.convert_client import RunOptions
+from edge_agent.client.toolbox import Toolbox, Tools
+from edge_agent.client.wire import (
+    CHANNEL_OPTIONS,
+    Goal,
+    cut_short,
+    default_address,
+    known,
+    start,
+    target,
+    typed_errors,
+)
+from edge_agent.core import (
+    DaemonStatus,
+    EngineInfo,
+    Event,
+    HaltOutcome,
+    HaltScope,
+    Run,
+    RunState,
+    Tool,
+    ToolResult,
+)
+from edge_agent.v1 import engine_service_pb2 as engine_pb
+from edge_agent.v1 import run_service_pb2 as run_pb
+from edge_agent.v1 import system_service_pb2 as system_pb
+from edge_agent.v1.engine_service_pb2_grpc import EngineServiceStub
+from edge_agent.v1.run_service_pb2_grpc import RunServiceStub
+from edge_agent.v1.system_service_pb2_grpc import SystemServiceStub
+
+T = TypeVar("T")
+
+
+class Client:
+    """A connection to the daemon, for ordinary code. Safe to share between threads."""
+
+    def __init__(self, address: str | None = None, *, name: str = "anonymous") -> None:
+        self.address = address or default_address()
+        self._metadata = (("edge-agent-client", name),)
+        self._channel = grpc.insecure_channel(target(self.address), options=CHANNEL_OPTIONS)
+        self._runs = RunServiceStub(self._channel)
+        self._engines = EngineServiceStub(self._channel)
+        self._system = SystemServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._channel.close()
+
+    def run(
+        self,
+        goal: Goal,
+        tools: Tools | None = None,
+        on_event: Callable[[Event], object] | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Run:
+        """Carry a run to its end, executing its tool calls in this thread; returns the ended run.
+
+        What a tool returns becomes its result (text as it is, anything else as JSON), what it
+        raises becomes an error result. `on_event` sees every event first.
+        """
+        box = Toolbox(tools)
+        requests: SimpleQueue[run_pb.ConverseRequest | None] = SimpleQueue()
+        requests.put(start(goal, box.tools, options))
+        events: SimpleQueue[Event | BaseException | None] = SimpleQueue()
+        call = self._runs.Converse(iter(requests.get, None), metadata=self._metadata)
+        reader = threading.Thread(target=_pump, args=(call, events), daemon=True)
+        reader.start()
+        try:
+            with self._typed():
+                while True:
+                    if box.waiting and events.empty():
+                        requests.put(convert.results_request([box.execute_next()]))
+                        continue
+                    if (run := box.see(_event(events.get()), on_event)) is not None:
+                        return run
+        finally:
+            requests.put(None)
+            call.cancel()
+
+    def execute(
+        self, goal: Goal, tools: Sequence[Tool] = (), **options: Unpack[RunOptions]
+    ) -> Iterator[Event]:
+        """Start a run and follow it; to stop reading cancels it."""
+        request = run_pb.ExecuteRunRequest(spec=convert.run_spec(goal, tools, options))
+        return self._events(self._runs.ExecuteRun, request)
+
+    def create(
+        self,
+        goal: Goal,
+        tools: Sequence[Tool] = (),
+        request_id: str = "",
+        **options: Unpack[RunOptions],
+    ) -> Run:
+        """Start a run that goes on without us; the same `request_id` starts it once only."""
+        spec = convert.run_spec(goal, tools, options)
+        request = run_pb.CreateRunRequest(spec=spec, request_id=request_id)
+        return convert.run(self._call(self._runs.CreateRun, request).run)
+
+    def watch(self, run_id: str, after_sequence: int | None = None) -> Iterator[Event]:
+        """Follow a run to its end; to stop reading changes nothing for it."""
+        request = run_pb.WatchRunRequest(run_id=run_id, after_sequence=after_sequence)
+        return self._events(self._runs.WatchRun, request)
+
+    def get(self, run_id: str) -> Run:
+        """The run as it stands."""
+        return convert.run(self._call(self._runs.GetRun, run_pb.GetRunRequest(run_id=run_id)).run)
+
+    def list(self, states: Iterable[RunState] = ()) -> Iterator[Run]:
+        """Every run in one of `states` (none: all), newest first, without transcripts."""
+        states, token = tuple(states), ""
+        while True:
+            page = self._call(self._runs.ListRuns, convert.list_request(states, token))
+            yield from map(convert.run, page.runs)
+            token = page.next_page_token
+            if not token:
+                return
+
+    def cancel(self, run_id: str) -> Run:
+        """End a run."""
+        request = run_pb.CancelRunRequest(run_id=run_id)
+        return convert.run(self._call(self._runs.CancelRun, request).run)
+
+    def submit_tool_results(self, run_id: str, results: Iterable[ToolResult]) -> Run:
+        """Return results that a run waits for."""
+        request = run_pb.SubmitToolResultsRequest(
+            run_id=run_id, results=map(convert_response.tool_result, results)
+        )
+        return convert.run(self._call(self._runs.SubmitToolResults, request).run)
+
+    def halt(
+        self, scope: HaltScope = HaltScope.ALL, target: str = "", reason: str = ""
+    ) -> HaltOutcome:
+        """Stop what runs may do, until cleared."""
+        request = convert.halt_request(scope, target, reason)
+        return convert.halt_outcome(self._call(self._runs.Halt, request))
+
+    def clear_halt(self, halt_id: str) -> None:
+        """Lift a Halt."""
+        self._call(self._runs.ClearHalt, run_pb.ClearHaltRequest(halt_id=halt_id))
+
+    def engines(self) -> tuple[EngineInfo, ...]:
+        """All installed engines."""
+        response = self._call(self._engines.ListEngines, engine_pb.ListEnginesRequest())
+        return tuple(map(convert.engine, response.engines))
+
+    def load(self, name: str) -> EngineInfo:
+        """Bring an engine into memory; admin.sock only."""
+        request = engine_pb.LoadEngineRequest(name=name)
+        return convert.engine(self._call(self._engines.LoadEngine, request).engine)
+
+    def unload(self, name: str) -> EngineInfo:
+        """Take an engine out of memory; admin.sock only."""
+        request = engine_pb.UnloadEngineRequest(name=name)
+        return convert.engine(self._call(self._engines.UnloadEngine, request).engine)
+
+    def status(self) -> DaemonStatus:
+        """The daemon as a whole."""
+        return convert.status(self._call(self._system.GetStatus, system_pb.GetStatusRequest()))
+
+    def _call(self, method: Callable[..., T], request: object) -> T:
+        with self._typed():
+            return method(request, metadata=self._metadata)
+
+    def _events(self, method: Callable[..., Any], request: object) -> Iterator[Event]:
+        call = method(request, metadata=self._metadata)
+        try:
+            with self._typed():
+                yield from known(response.event for response in call)
+        finally:
+            call.cancel()
+
+    def _typed(self) -> AbstractContextManager[None]:
+        return typed_errors(self.address)
+
+
+def _pump(call: Any, events: "SimpleQueue[Event | BaseException | None]") -> None:
+    """Read a sync stream in a thread, so that news arrives while a tool is being executed."""
+    try:
+        for event in known(response.event for response in call):
+            events.put(event)
+        events.put(None)
+    except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+        events.put(error)
+
+
+def _event(item: Event | BaseException | None) -> Event:
+    if isinstance(item, BaseException):
+        raise item
+    if item is None:
+        raise cut_short()
+    return item

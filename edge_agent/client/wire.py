@@ -1,0 +1,71 @@
+"""What both clients share on their way to the daemon: addresses, first messages, errors.
+
+Owns nothing that lasts.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from edge_agent.api import convert_client as convert
+from edge_agent.api.convert_client import RunOptions
+from edge_agent.api.convert_error import DETAILS_KEY, error_of
+from edge_agent.core import Event, Message, Tool
+from edge_agent.errors import EdgeAgentError, Unavailable
+from edge_agent.v1 import run_service_pb2 as run_pb
+
+Goal = str | Sequence[Message]
+"""What is wanted, in a user's words; or a whole conversation."""
+
+CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1),)
+_SOCKET_VARIABLE = "EDGE_AGENT_SOCKET"
+
+
+def default_address(environ: Mapping[str, str] = os.environ) -> str:
+    """`$EDGE_AGENT_SOCKET`, else api.sock of the session's daemon, else of the system's."""
+    if environ.get(_SOCKET_VARIABLE):
+        return environ[_SOCKET_VARIABLE]
+    session = environ.get("XDG_RUNTIME_DIR")
+    return f"{session}/edge-agent/api.sock" if session else "/run/edge-agent/api.sock"
+
+
+def target(address: str) -> str:
+    """An address as gRPC wants it; a path is a unix socket's."""
+    return f"unix:{address}" if address.startswith(("/", ".")) else address
+
+
+def start(goal: Goal, tools: Sequence[Tool], options: RunOptions) -> run_pb.ConverseRequest:
+    """The first message of a conversation."""
+    spec = convert.run_spec(goal, tools, options)
+    return run_pb.ConverseRequest(start=run_pb.ExecuteRunRequest(spec=spec))
+
+
+def known(events: Iterable[run_pb.RunEvent]) -> Iterator[Event]:
+    """The events that this client knows the kind of."""
+    return (event for event in map(convert.event, events) if event is not None)
+
+
+def cut_short() -> EdgeAgentError:
+    """What is wrong when a stream ends well, but before its run."""
+    return Unavailable("the stream ended before the run did", reason="STREAM_CUT_SHORT")
+
+
+@contextmanager
+def typed_errors(address: str) -> Iterator[None]:
+    """Raise the errors of gRPC as ours."""
+    try:
+        yield
+    except grpc.RpcError as raised:
+        call: Any = raised  # both flavours of it have these three
+        metadata = dict(call.trailing_metadata() or ())
+        details = metadata.get(DETAILS_KEY)
+        if details is None and call.code() is grpc.StatusCode.UNAVAILABLE:
+            raise Unavailable(
+                f"no daemon answers at {address}",
+                reason="DAEMON_UNREACHABLE",
+                metadata={"address": address, "cause": call.details()},
+            ) from raised
+        raise error_of(call.code().name, call.details() or "", details) from raised
