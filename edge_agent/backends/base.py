@@ -34,7 +34,7 @@ class Completion:
     decode_s: float
 
 
-class Cancelled(Exception):  # noqa: N818 - not an error: the caller asked for it
+class Cancelled(Exception):
     """The completion was stopped by its cancel event."""
 
 
@@ -69,12 +69,13 @@ class Backend(Protocol):
     def check_schema(self, schema_json: str) -> str | None:
         """What of a JSON Schema can't be enforced while decoding, in words; None if all can."""
 
-    def complete(  # noqa: PLR0913 - the one call of a backend
+    def complete(
         self,
         prompt: Sequence[int],
         *,
         max_tokens: int,
         schema_json: str | None,
+        lead: str,
         sampling: Sampling,
         stop: Sequence[str],
         cancel: threading.Event,
@@ -86,6 +87,8 @@ class Backend(Protocol):
             prompt: token ids, at least one.
             max_tokens: how many may be generated, at least 1.
             schema_json: decode JSON that satisfies this schema and nothing else.
+            lead: with a schema, text that comes before the JSON, so that the prompt can end where
+                a token naturally ends (a space is part of the token after it).
             sampling: how tokens are drawn.
             stop: texts that end the completion and are not part of it.
             cancel: set from another thread to stop, also during prefill.

@@ -95,7 +95,7 @@ class Pong(msgspec.Struct, frozen=True, tag_field="t", tag="pong"):
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
-    """More text of one sequence. A delta without text reports the first token of a tool call."""
+    """More text of one sequence."""
 
     sequence: int
     text: str

@@ -1,0 +1,355 @@
+"""The composition root: builds the parts, starts, reloads, drains and stops them.
+
+Decides nothing about runs or engines.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from edge_agent import __version__, paths
+from edge_agent.api.ports import RequestLimits
+from edge_agent.api.server import ApiServers
+from edge_agent.config import Config, load_config, needs_restart
+from edge_agent.core import DaemonState, DaemonStatus
+from edge_agent.engines.catalogue import Catalogue
+from edge_agent.engines.host import WorkerSettings
+from edge_agent.engines.manifest import Manifest
+from edge_agent.engines.protocol import Options
+from edge_agent.errors import ConfigError
+from edge_agent.notify import ServiceManager
+from edge_agent.observability import logging
+from edge_agent.runs.halts import HaltLatch
+from edge_agent.runs.runs import Runs
+from edge_agent.runs.settings import RunSettings
+from edge_agent.scheduling.scheduler import Scheduler, SchedulerSettings
+
+LAST_GOOD_CONFIG = "config.last-good.yaml"
+HALTS = "halts.json"
+_CLOSE_STREAMS_S = 2.0
+_STOP_MARGIN_S = 10.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Locations:
+    """Where the daemon reads and writes. `config` None: built-in defaults."""
+
+    config: Path | None
+    runtime_dir: Path
+    state_dir: Path
+    engines_dir: Path | None = None
+
+
+@dataclass(slots=True)
+class ConfigFile:
+    """The configuration in force, and why it is not the one in the file, if it is not."""
+
+    locations: Locations
+    environ: Mapping[str, str]
+    config: Config = field(default_factory=Config)
+    problem: str = ""
+
+    def start(self) -> None:
+        """Read it, or the last known good one.
+
+        Raises:
+            ConfigError: it is broken, and no good one is known.
+        """
+        try:
+            self.reload()
+        except ConfigError as error:
+            last_good = self.locations.state_dir / LAST_GOOD_CONFIG
+            if not last_good.exists():
+                raise
+            self.config = self._load(last_good)
+            self.problem = f"running on the last known good configuration: {error.message}"
+
+    def reload(self) -> tuple[str, ...]:
+        """Read it again; returns the keys that need a restart.
+
+        Raises:
+            ConfigError: it is broken; what was in force stays so.
+        """
+        path = self.locations.config
+        try:
+            new = self._load(path)
+        except ConfigError as error:
+            self.problem = f"the configuration was not reloaded: {error.message}"
+            raise
+        changed = needs_restart(self.config, new)
+        self.config, self.problem = new, ""
+        if path is not None:
+            self._keep_last_good(path)
+        return changed
+
+    def _load(self, path: Path | None) -> Config:
+        config = load_config(path, {**self.environ, "STATE_DIRECTORY": str(self._state_dir)})
+        if self.locations.engines_dir is not None:
+            config = config.model_copy(update={"engines_dir": self.locations.engines_dir})
+        return config
+
+    @property
+    def _state_dir(self) -> Path:
+        return self.locations.state_dir
+
+    def _keep_last_good(self, path: Path) -> None:
+        partial = self._state_dir / f"{LAST_GOOD_CONFIG}.partial"
+        partial.write_bytes(path.read_bytes())
+        partial.replace(self._state_dir / LAST_GOOD_CONFIG)
+
+
+class Daemon:
+    """Everything that runs in the daemon's process."""
+
+    def __init__(self, file: ConfigFile, manager: ServiceManager) -> None:
+        """Build the parts; nothing runs yet. `file` has been started."""
+        self._file = file
+        self._manager = manager
+        self._started_s = time.time()
+        self._started_monotonic_s = time.monotonic()
+        self._draining = False
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        config = file.config
+        assert config.engines_dir is not None  # noqa: S101 - load_config fills it in
+        self._catalogue = Catalogue(config.engines_dir)
+        self._scheduler = Scheduler(self._catalogue, scheduler_settings(config))
+        latch = HaltLatch(file.locations.state_dir / HALTS)
+        self._runs = Runs(self._scheduler, latch, run_settings(config))
+        self._servers = ApiServers(
+            file.locations.runtime_dir,
+            runs=self._runs,
+            engines=self._scheduler,
+            daemon=self,
+            limits=lambda: request_limits(self._file.config),
+        )
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; the second one cuts the grace period short."""
+        self._handle_signals()
+        await self._servers.start()
+        watchdog = asyncio.create_task(self._feed_watchdog())
+        try:
+            await self._servers.set_serving(serving=True)
+            self._manager.ready(self._status_line())
+            log.info(
+                "daemon_ready",
+                version=__version__,
+                socket=str(self._servers.api_socket),
+                engines=str(self._catalogue.root),
+                ready_ms=round((time.monotonic() - self._started_monotonic_s) * 1000),
+                degraded=list(self._degraded_reasons()),
+            )
+            self._scheduler.preload(self._file.config.preload)
+            await self._stop.wait()
+            await self._shut_down()
+        finally:
+            await self._scheduler.stop()
+            watchdog.cancel()
+        log.info("daemon_stopped")
+
+    def status(self) -> DaemonStatus:
+        """How the daemon is."""
+        reasons = self._degraded_reasons()
+        state = DaemonState.DEGRADED if reasons else DaemonState.READY
+        path = self._file.locations.config
+        return DaemonStatus(
+            version=__version__,
+            state=DaemonState.DRAINING if self._draining else state,
+            degraded_reasons=reasons,
+            pid=os.getpid(),
+            started_at_s=self._started_s,
+            uptime_s=time.monotonic() - self._started_monotonic_s,
+            runs=self._runs.counts(),
+            engines_installed=len(self._catalogue.list()),
+            engines_loaded=self._scheduler.loaded_count(),
+            max_resident_engines=self._file.config.scheduling.max_resident_engines,
+            halts=self._runs.halts(),
+            config_path=str(path) if path else "",
+        )
+
+    def reload(self) -> tuple[str, ...]:
+        """Read the configuration again; returns the keys that need a restart.
+
+        Raises:
+            ConfigError: it is broken; what was in force stays so.
+        """
+        self._manager.reloading()
+        try:
+            changed = self._file.reload()
+            config = self._file.config
+            logging.set_level(config.log.level)
+            self._scheduler.settings = scheduler_settings(config)
+            self._runs.settings = run_settings(config)
+            log.info("config_reloaded", needs_restart=list(changed))
+        except ConfigError as error:
+            log.error("config_reload_failed", error=error.message)  # noqa: TRY400 - no traceback
+            raise
+        finally:
+            self._manager.ready(self._status_line())
+        return changed
+
+    def drain(self) -> None:
+        """Accept no new runs from now on."""
+        self._draining = True
+        self._runs.stop_accepting()
+        self._manager.status(self._status_line())
+
+    async def _shut_down(self) -> None:
+        """Let runs finish, end the rest with a final event, then hang up."""
+        grace_s = self._file.config.shutdown.grace_s
+        self.drain()
+        self._manager.stopping(self._status_line())
+        self._manager.extend_timeout(grace_s + _STOP_MARGIN_S)
+        log.info("daemon_draining", grace_s=grace_s)
+        await self._servers.set_serving(serving=False)
+        draining = asyncio.create_task(self._runs.drain(grace_s))
+        hurry = asyncio.create_task(self._stop_now.wait())
+        await asyncio.wait({draining, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not draining.done():
+            draining.cancel()
+            await self._runs.drain(0)
+        await self._servers.stop(_CLOSE_STREAMS_S)
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            if self._stop.is_set():
+                self._stop_now.set()
+            self._stop.set()
+
+        def reload() -> None:
+            with contextlib.suppress(ConfigError):  # logged, and in the status
+                self.reload()
+
+        loop.add_signal_handler(signal.SIGTERM, stop)
+        loop.add_signal_handler(signal.SIGINT, stop)
+        loop.add_signal_handler(signal.SIGHUP, reload)
+
+    async def _feed_watchdog(self) -> None:
+        """From this loop and nothing else: a daemon whose loop hangs is restarted."""
+        while self._manager.watchdog_s is not None:
+            self._manager.alive()
+            await asyncio.sleep(self._manager.watchdog_s / 3)
+
+    def _degraded_reasons(self) -> tuple[str, ...]:
+        reasons = [self._file.problem] if self._file.problem else []
+        reasons += [
+            f"engine {broken.name}: {broken.description}" for broken in self._catalogue.problems()
+        ]
+        return tuple(reasons)
+
+    def _status_line(self) -> str:
+        if self._draining:
+            return "draining: no new runs"
+        reasons = self._degraded_reasons()
+        return f"degraded: {reasons[0].splitlines()[0]}" if reasons else "ready: accepting runs"
+
+
+def scheduler_settings(config: Config) -> SchedulerSettings:
+    """What the configuration says about engines and their workers."""
+    worker = config.worker
+
+    def worker_settings(manifest: Manifest) -> WorkerSettings:
+        python = worker.python.get(manifest.backend.name)
+        return WorkerSettings(
+            python=str(python) if python else None,
+            heartbeat_interval_s=worker.heartbeat_interval_s,
+            heartbeat_timeout_s=worker.heartbeat_timeout_s,
+            oom_score_adj=worker.oom_score_adj,
+        )
+
+    def options(manifest: Manifest) -> Options:
+        override = config.engines.get(manifest.name)
+        return Options(
+            slots=(override and override.slots) or manifest.slots,
+            threads=(override and override.threads) or worker.threads,
+            prefill_batch_tokens=worker.prefill_batch_tokens,
+            backlog_tokens=worker.backlog_tokens,
+            backlog_s=worker.backlog_age_s,
+        )
+
+    return SchedulerSettings(
+        max_resident_engines=config.scheduling.max_resident_engines,
+        max_waiting_steps=config.scheduling.max_waiting_steps,
+        load_timeout_s=config.scheduling.load_timeout_s,
+        unload_timeout_s=config.scheduling.unload_timeout_s,
+        worker=worker_settings,
+        options=options,
+    )
+
+
+def run_settings(config: Config) -> RunSettings:
+    """What the configuration says about runs."""
+    runs = config.runs
+    return RunSettings(
+        tool_timeout_s=runs.tool_timeout_s,
+        tool_call_valid_for_s=runs.tool_call_valid_for_s,
+        cancel_confirm_s=runs.cancel_confirm_s,
+        max_active=runs.max_active,
+        retention_s=runs.retention_s,
+        max_retained=runs.max_retained,
+    )
+
+
+def request_limits(config: Config) -> RequestLimits:
+    """What the configuration lets a request ask for."""
+    runs = config.runs
+    return RequestLimits(
+        default_engine=runs.default_engine,
+        timeout_s=runs.timeout_s,
+        max_timeout_s=runs.max_timeout_s,
+        max_steps=runs.max_steps,
+        max_tool_calls=runs.max_tool_calls,
+        max_request_bytes=runs.max_request_bytes,
+        max_tools=runs.max_tools,
+        max_tool_result_bytes=runs.max_tool_result_bytes,
+        slow_reader_s=runs.slow_reader_s,
+    )
+
+
+def main(
+    config_path: Path | None = None,
+    runtime_dir: Path | None = None,
+    state_dir: Path | None = None,
+    engines_dir: Path | None = None,
+) -> int:
+    """Run the daemon in this process until it is told to stop; returns the exit code.
+
+    What is None comes from the environment (see `paths`).
+
+    Raises:
+        ConfigError: the configuration is broken, and no good one is known.
+        FailedPrecondition: another daemon or something else is in the way.
+    """
+    environ = os.environ
+    locations = Locations(
+        config=config_path or paths.default_config_path(environ),
+        runtime_dir=runtime_dir or paths.runtime_dir(environ),
+        state_dir=state_dir or paths.state_dir(environ),
+        engines_dir=engines_dir,
+    )
+    locations.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    locations.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = ConfigFile(locations, environ)
+    file.start()
+    logging.configure(file.config.log.level, file.config.log.format)
+    if file.problem:
+        log.error("config_degraded", problem=file.problem)
+
+    async def serve() -> None:
+        await Daemon(file, ServiceManager(environ)).run()
+
+    asyncio.run(serve())
+    return 0

@@ -1,0 +1,98 @@
+"""JSON Schemas of what a step may decode, and the check of what it did decode.
+
+Owns the shape of the union (a tool call, or `{"answer": ...}`). Runs in the worker: compiling and
+validating hold the GIL.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import jsonschema_rs
+
+from edge_agent.core import ANSWER, RunError, Tool
+from edge_agent.errors import StepFailed
+
+TEXT_ANSWER = '{"type":"string"}'
+_CACHED_SCHEMAS = 512
+
+
+def union_schema(tools: Sequence[Tool], output_schema_json: str) -> str:
+    """One call of one of `tools`, or an answer."""
+    branches: list[object] = [
+        _closed({"name": {"const": tool.name}, "arguments": json.loads(tool.input_schema_json)})
+        for tool in tools
+    ]
+    branches.append(_closed({ANSWER: json.loads(output_schema_json or TEXT_ANSWER)}))
+    return json.dumps({"anyOf": branches})
+
+
+def _closed(properties: dict[str, object]) -> dict[str, object]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def check_schemas(
+    tools: Sequence[Tool],
+    output_schema_json: str,
+    unenforceable: Callable[[str], str | None],
+) -> None:
+    """Refuse a schema that is none, or that can't be enforced, before anything is decoded.
+
+    Args:
+        tools: whose `input_schema_json` are checked.
+        output_schema_json: empty for none.
+        unenforceable: what of a schema the grammar engine can't enforce; None if nothing.
+
+    Raises:
+        StepFailed: reason SCHEMA_INVALID or SCHEMA_UNSUPPORTED, naming the tool and the keyword.
+    """
+    named = [(f"tool {tool.name!r}", tool.name, tool.input_schema_json) for tool in tools]
+    if output_schema_json:
+        named.append(("the output schema", "", output_schema_json))
+    for what, tool_name, schema_json in named:
+        complaint = unenforceable(schema_json)
+        if complaint is not None:
+            invalid = _meta_complaint(schema_json)
+            reason = "SCHEMA_INVALID" if invalid else "SCHEMA_UNSUPPORTED"
+            text = invalid or complaint
+            _refuse(reason, f"{what}: {text}", tool=tool_name, detail=text)
+
+
+def _meta_complaint(schema_json: str) -> str | None:
+    """What makes this no JSON Schema at all; None if it is one."""
+    try:
+        jsonschema_rs.meta.validate(json.loads(schema_json))
+    except (ValueError, jsonschema_rs.ReferencingError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+@functools.lru_cache(maxsize=_CACHED_SCHEMAS)
+def _validator(schema_json: str) -> jsonschema_rs.Validator:
+    def refuse(uri: str) -> NoReturn:
+        raise ValueError(f"reference to {uri} outside the schema")
+
+    return jsonschema_rs.validator_for(json.loads(schema_json), retriever=refuse)
+
+
+def validate(schema_json: str, text: str) -> None:
+    """Check what was decoded against its schema; the grammar alone is not trusted.
+
+    Raises:
+        StepFailed: reason OUTPUT_INVALID, with the validator's words. Retryable.
+    """
+    try:
+        _validator(schema_json).validate(json.loads(text))
+    except ValueError as error:
+        detail = str(error).splitlines()[0]
+        _refuse("OUTPUT_INVALID", f"decoded output: {detail}", retryable=True, detail=detail)
+
+
+def _refuse(reason: str, message: str, *, retryable: bool = False, **metadata: str) -> NoReturn:
+    raise StepFailed(RunError(reason, message, retryable, metadata))

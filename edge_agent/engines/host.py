@@ -1,0 +1,315 @@
+"""The daemon's side of one worker process: start it, load, decide steps, end it.
+
+Owns the process and its socket. Never decides when: the scheduler does. Runs on the daemon's loop
+and must not block it.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from edge_agent.core import StepRequest, StepResult
+from edge_agent.engines import protocol
+from edge_agent.engines.manifest import Manifest
+from edge_agent.errors import LoadFailed, StepFailed, WorkerError
+
+OnText = Callable[[str, int], None]
+OnProgress = Callable[[float], None]
+
+_BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
+_OUTPUT_LINE_BYTES = 4096
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """How workers are run; from the configuration."""
+
+    python: str | None
+    heartbeat_interval_s: float
+    heartbeat_timeout_s: float
+    oom_score_adj: int
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One step in the worker. `ended` is done once the worker has let go of it."""
+
+    id: int
+    on_text: OnText
+    ended: "asyncio.Future[StepResult]" = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+class EngineHost:
+    """One worker process hosting one engine."""
+
+    def __init__(self, manifest: Manifest, settings: WorkerSettings) -> None:
+        """Nothing runs yet; call `start`."""
+        self.manifest = manifest
+        self.slots = 0
+        self.load_s: float | None = None
+        self.lost: asyncio.Future[WorkerError] = asyncio.get_running_loop().create_future()
+        self._settings = settings
+        self._sequences: dict[int, Sequence] = {}
+        self._ids = itertools.count(1)
+        self._ready: asyncio.Future[protocol.Ready] = asyncio.get_running_loop().create_future()
+        self._on_progress: OnProgress = lambda _fraction: None
+        self._process: asyncio.subprocess.Process | None = None
+        self._channel = _Channel(self._take, self._hung_up)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._heard_s = 0.0
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id; 0 before `start`."""
+        return self._process.pid if self._process else 0
+
+    @property
+    def active(self) -> int:
+        """Steps in the worker."""
+        return len(self._sequences)
+
+    async def start(
+        self, directory: Path, options: protocol.Options, on_progress: OnProgress
+    ) -> None:
+        """Start the process and load the engine; returns once it takes steps.
+
+        The caller bounds the time, and calls `stop` when this raises.
+
+        Raises:
+            LoadFailed: the worker's own words, or that its process ended.
+        """
+        self._on_progress = on_progress
+        ours, theirs = socket.socketpair()
+        try:
+            await self._spawn(theirs)
+        finally:
+            theirs.close()
+        await asyncio.get_running_loop().create_connection(lambda: self._channel, sock=ours)
+        self._heard_s = time.monotonic()
+        self._tasks = [
+            asyncio.create_task(self._read_output()),
+            asyncio.create_task(self._watch_heartbeat()),
+        ]
+        self._channel.send(
+            protocol.Load(protocol.PROTOCOL_VERSION, self.manifest, str(directory), options)
+        )
+        ready = await self._ready
+        self.slots, self.load_s = ready.slots, ready.load_s
+
+    async def _spawn(self, theirs: socket.socket) -> None:
+        python = self._settings.python or sys.executable
+        arguments = (theirs.fileno(), os.getpid(), self._settings.oom_score_adj)
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                python,
+                "-I",
+                str(_BOOTSTRAP),
+                *(str(argument) for argument in arguments),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+            )
+        except OSError as error:
+            raise LoadFailed(
+                f"worker_python {python}: {error.strerror}", metadata={"python": python}
+            ) from error
+
+    def decide(self, request: StepRequest, on_text: OnText) -> Sequence:
+        """Begin a step; await `ended` of what is returned, and `cancel` it to stop.
+
+        `ended` raises StepFailed with the worker's words, or WorkerError when the process is lost.
+
+        Raises:
+            WorkerError: the process is gone already.
+        """
+        if self.lost.done():
+            raise self.lost.result()
+        sequence = Sequence(next(self._ids), on_text)
+        self._sequences[sequence.id] = sequence
+        self._channel.send(protocol.Generate(sequence.id, request))
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Ask the worker to stop; `ended` is done when it has."""
+        sequence.on_text = _ignore
+        if sequence.id in self._sequences:
+            self._channel.send(protocol.Cancel(sequence.id))
+
+    async def stop(self, timeout_s: float) -> None:
+        """End the process; returns once it is gone.
+
+        Raises:
+            WorkerError: reason UNLOAD_UNPROVEN, it is still there after SIGKILL.
+        """
+        self._lose(WorkerError("the engine was unloaded", reason="ENGINE_UNLOADED"))
+        process = self._process
+        if process is not None:
+            self._channel.send(protocol.Shutdown())
+            try:
+                await asyncio.wait_for(process.wait(), timeout_s / 2)
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await self._prove_gone(process, timeout_s / 2)
+        self._channel.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _prove_gone(self, process: asyncio.subprocess.Process, timeout_s: float) -> None:
+        try:
+            await asyncio.wait_for(process.wait(), timeout_s)
+        except TimeoutError:
+            raise WorkerError(
+                f"worker {process.pid} of {self.manifest.name} is still there after SIGKILL",
+                reason="UNLOAD_UNPROVEN",
+                metadata={"engine": self.manifest.name, "pid": process.pid},
+            ) from None
+
+    def kill(self) -> None:
+        """End the process now; everything in it is lost."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGKILL)
+
+    def _take(self, message: protocol.ToDaemon) -> None:
+        self._heard_s = time.monotonic()
+        match message:
+            case protocol.Batch():
+                self._take_batch(message)
+            case protocol.Loading(fraction=fraction):
+                self._on_progress(fraction)
+            case protocol.Ready():
+                if not self._ready.done():
+                    self._ready.set_result(message)
+            case protocol.Refused(error=error):
+                failure = LoadFailed(error.message, reason=error.reason, metadata=error.metadata)
+                self._lose(failure)
+            case protocol.Hello(version=version):
+                if version != protocol.PROTOCOL_VERSION:
+                    self._lose(LoadFailed(f"the worker speaks protocol {version}"))
+            case protocol.Pong():
+                pass
+
+    def _take_batch(self, batch: protocol.Batch) -> None:
+        for delta in batch.deltas:
+            sequence = self._sequences.get(delta.sequence)
+            if sequence is not None:
+                sequence.on_text(delta.text, delta.tokens)
+        for finished in batch.finished:
+            ended = self._pop(finished.sequence)
+            if ended is not None:
+                ended.set_result(finished.result)
+        for failed in batch.failed:
+            ended = self._pop(failed.sequence)
+            if ended is not None:
+                ended.set_exception(StepFailed(failed.error))
+
+    def _pop(self, sequence_id: int) -> "asyncio.Future[StepResult] | None":
+        sequence = self._sequences.pop(sequence_id, None)
+        if sequence is None or sequence.ended.done():
+            return None
+        return sequence.ended
+
+    def _hung_up(self) -> None:
+        self._lose(
+            WorkerError(
+                f"the worker of {self.manifest.name} ended",
+                metadata={"engine": self.manifest.name, "pid": self.pid},
+            )
+        )
+
+    def _lose(self, error: WorkerError) -> None:
+        """The worker takes no more steps; everything in it ends with `error`. Once."""
+        if self.lost.done():
+            return
+        self.lost.set_result(error)
+        if not self._ready.done():
+            refusal = error if isinstance(error, LoadFailed) else _load_failed(error)
+            self._ready.set_exception(refusal)
+            self._ready.exception()  # retrieved here: `start` may have been cancelled
+        sequences, self._sequences = self._sequences, {}
+        for sequence in sequences.values():
+            if not sequence.ended.done():
+                sequence.ended.set_exception(error)
+
+    async def _read_output(self) -> None:
+        """The worker's and its libraries' own output becomes log lines, bounded in length."""
+        process = self._process
+        if process is None or process.stdout is None:
+            return
+        while chunk := await process.stdout.read(_OUTPUT_LINE_BYTES):
+            for line in chunk.decode(errors="replace").splitlines():
+                if line.strip():
+                    log.info("worker_output", engine=self.manifest.name, pid=self.pid, line=line)
+
+    async def _watch_heartbeat(self) -> None:
+        """Kill a worker that has stopped answering: a hung worker is never waited for."""
+        settings = self._settings
+        for nonce in itertools.count():
+            self._channel.send(protocol.Ping(nonce))
+            await asyncio.sleep(settings.heartbeat_interval_s)
+            silent_s = time.monotonic() - self._heard_s
+            if silent_s > settings.heartbeat_timeout_s:
+                error = WorkerError(
+                    f"the worker of {self.manifest.name} did not answer for {silent_s:.1f} s",
+                    reason="WORKER_HUNG",
+                    metadata={"engine": self.manifest.name, "pid": self.pid, "silent_s": silent_s},
+                )
+                log.error("worker_hung", engine=self.manifest.name, pid=self.pid)
+                self.kill()
+                self._lose(error)
+                return
+
+
+def _ignore(_text: str, _tokens: int) -> None:
+    """Text of a step that nobody waits for."""
+
+
+def _load_failed(error: WorkerError) -> LoadFailed:
+    return LoadFailed(f"{error.message} while loading", metadata=error.metadata)
+
+
+class _Channel(asyncio.Protocol):
+    """Frames over one end of the socketpair."""
+
+    def __init__(
+        self, take: Callable[[protocol.ToDaemon], None], hung_up: Callable[[], None]
+    ) -> None:
+        self._take = take
+        self._hung_up = hung_up
+        self._framer = protocol.Framer()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if isinstance(transport, asyncio.Transport):
+            self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for body in self._framer.feed(data):
+            self._take(protocol.to_daemon_decoder.decode(body))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._hung_up()
+
+    def send(self, message: protocol.ToWorker) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(protocol.encode(message))
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()

@@ -1,0 +1,15 @@
+"""What the configuration says about runs; replaced as a whole on reload."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Defaults and bounds. `retention_s` counts from a run's end."""
+
+    tool_timeout_s: float
+    tool_call_valid_for_s: float
+    cancel_confirm_s: float
+    max_active: int
+    retention_s: float
+    max_retained: int

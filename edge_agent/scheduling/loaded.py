@@ -1,0 +1,62 @@
+"""One engine that is in memory or on its way: its state, and the places in it.
+
+Changed by the scheduler only.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from edge_agent.core import EngineState, RunError, WorkerInfo
+from edge_agent.engines.host import EngineHost
+from edge_agent.wakeup import Wakeup
+
+
+@dataclass(slots=True)
+class LoadedEngine:
+    """`active` counts the steps that hold a place, `waiting` those that want one."""
+
+    host: EngineHost
+    state: EngineState = EngineState.LOADING
+    progress: float | None = None
+    error: RunError | None = None
+    active: int = 0
+    waiting: int = 0
+    last_used_s: float = field(default_factory=time.monotonic)
+    _changed: Wakeup = field(default_factory=Wakeup)
+
+    async def take_place(self) -> bool:
+        """Wait for a place, first come first served; False when the engine takes no more steps."""
+        self.waiting += 1
+        try:
+            while self.state is EngineState.READY and self.active >= self.host.slots:
+                await asyncio.shield(self._changed.next())
+        finally:
+            self.waiting -= 1
+        if self.state is not EngineState.READY:
+            return False
+        self.active += 1
+        return True
+
+    def give_place(self) -> None:
+        """A step's place is free again."""
+        self.active -= 1
+        self.last_used_s = time.monotonic()
+        self._changed.notify()
+
+    def become(self, state: EngineState, error: RunError | None = None) -> None:
+        """Change the state; everybody who waits looks again."""
+        self.state, self.error = state, error
+        self._changed.notify()
+
+    async def drained(self) -> None:
+        """Return once no step holds a place."""
+        while self.active:
+            await asyncio.shield(self._changed.next())
+
+    def worker_info(self) -> WorkerInfo | None:
+        """The process behind it, while there is one."""
+        if self.state in {EngineState.FAILED, EngineState.INSTALLED}:
+            return None
+        host = self.host
+        return WorkerInfo(host.pid, host.slots, self.active, self.waiting, host.load_s)
