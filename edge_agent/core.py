@@ -1,12 +1,15 @@
 """The domain's frozen values: what runs, steps, tools and engines are.
 
-No I/O, no clock, no gRPC, and nothing beyond the standard library: workers import this module too.
-Units are in the names; unknown is `None`.
+No I/O, no clock, no gRPC, and nothing beyond the standard library and msgspec: workers import this
+module too, and these values are what the frames between them and the daemon carry. Units are in the
+names; unknown is `None`.
 """
 
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import msgspec
 
 ANSWER = "answer"
 """The name of the branch in which the model answers in words instead of calling a tool."""
@@ -28,15 +31,13 @@ class PartKind(enum.StrEnum):
     AUDIO = "audio"
 
 
-@dataclass(frozen=True, slots=True)
-class TextPart:
+class TextPart(msgspec.Struct, frozen=True, tag="text"):
     """A piece of text."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class BlobPart:
+class BlobPart(msgspec.Struct, frozen=True, tag="blob"):
     """An image or a sound."""
 
     kind: PartKind

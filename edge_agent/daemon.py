@@ -192,7 +192,7 @@ class Daemon:
             self._runs.settings = run_settings(config)
             log.info("config_reloaded", needs_restart=list(changed))
         except ConfigError as error:
-            log.error("config_reload_failed", error=error.message)  # noqa: TRY400 - no traceback
+            log.error("config_reload_failed", error=error.message)
             raise
         finally:
             self._manager.ready(self._status_line())

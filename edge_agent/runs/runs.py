@@ -192,7 +192,7 @@ class Runs:
         try:
             await asyncio.wait_for(self._record(), _RECORD_TIMEOUT_S)
         except (OSError, TimeoutError) as error:
-            log.error("halt_not_recorded", halt=halt.id, error=str(error))  # noqa: TRY400
+            log.error("halt_not_recorded", halt=halt.id, error=str(error))
             return HaltOutcome(halt, stopped, recorded=False)
         return HaltOutcome(halt, stopped, recorded=True)
 
