@@ -1,0 +1,110 @@
+"""The tools file of `edge-agent run`: tools and, for each that wants one, a fixed result.
+
+Owns the file's shape and names every error in it at once. What a tool may be is the daemon's to
+check.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_agent.core import Tool, ToolExample
+from edge_agent.errors import ConfigError, FieldViolation
+from edge_agent.strict_yaml import YamlSyntaxError, format_path, read_yaml
+
+_Keys = Mapping[str, tuple[type, str]]
+_KEYS: _Keys = {
+    "name": (str, "a text"),
+    "description": (str, "a text"),
+    "input_schema": (dict, "a mapping, a JSON Schema"),
+    "examples": (list, "a list of {goal, arguments, result}"),
+    "result": (str, "a text"),
+}
+_EXAMPLE_KEYS: _Keys = {
+    "goal": (str, "a text"),
+    "arguments": (dict, "a mapping"),
+    "result": (str, "a text"),
+}
+_PATIENCE_S = 3600.0
+"""For a person to type a result."""
+
+
+def load_tools(path: Path) -> list[tuple[Tool, str | None]]:
+    """The tools in a file, each with its fixed result.
+
+    Raises:
+        ConfigError: the file can't be read, or all that is wrong in it.
+    """
+    try:
+        document = read_yaml(path.read_text(encoding="utf-8"))
+    except YamlSyntaxError as error:
+        raise _report(path, [FieldViolation(error.place, error.problem)]) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _report(path, [FieldViolation("file", str(error))]) from error
+    found = [FieldViolation(format_path(p.path), p.description) for p in document.problems]
+    entries = document.data
+    if not isinstance(entries, list):
+        found.append(FieldViolation("document", "must be a list of tools"))
+        raise _report(path, found)
+    for index, entry in enumerate(entries):
+        found += _wrong(entry, _KEYS, f"[{index}]", required=("name",))
+    if found:
+        raise _report(path, found)
+    return [_tool(entry) for entry in entries]
+
+
+def _wrong(
+    entry: Any, keys: _Keys, path: str, required: tuple[str, ...]
+) -> Iterator[FieldViolation]:
+    if not isinstance(entry, dict):
+        yield FieldViolation(path, "must be a mapping")
+        return
+    for key in required:
+        if key not in entry:
+            yield FieldViolation(f"{path}.{key}", "is missing")
+    for key, value in entry.items():
+        if key not in keys:
+            close = difflib.get_close_matches(str(key), keys, n=1)
+            hint = f", did you mean {close[0]}?" if close else f", known: {', '.join(keys)}"
+            yield FieldViolation(f"{path}.{key}", f"unknown key{hint}")
+            continue
+        kind, said = keys[key]
+        if not isinstance(value, kind):
+            yield FieldViolation(f"{path}.{key}", f"must be {said}")
+    examples = entry.get("examples")
+    for index, example in enumerate(examples if isinstance(examples, list) else ()):
+        at = f"{path}.examples[{index}]"
+        yield from _wrong(example, _EXAMPLE_KEYS, at, required=("goal",))
+
+
+def _tool(entry: dict[str, Any]) -> tuple[Tool, str | None]:
+    schema = entry.get("input_schema")
+    result = entry.get("result")
+    tool = Tool(
+        name=entry["name"],
+        description=entry.get("description", ""),
+        input_schema_json="" if schema is None else json.dumps(schema, default=str),
+        examples=tuple(
+            ToolExample(
+                goal=example["goal"],
+                arguments_json=json.dumps(example.get("arguments", {}), default=str),
+                result=example.get("result", ""),
+            )
+            for example in entry.get("examples", ())
+        ),
+        timeout_s=_PATIENCE_S if result is None else None,
+    )
+    return tool, result
+
+
+def _report(path: Path, found: list[FieldViolation]) -> ConfigError:
+    lines = [f"{path}: {len(found)} errors in the tools"]
+    lines += [f"  {violation.field}: {violation.description}" for violation in found]
+    return ConfigError(
+        "\n".join(lines),
+        reason="TOOLS_FILE_INVALID",
+        metadata={"source": path},
+        violations=found,
+    )
