@@ -297,12 +297,15 @@ def _describe(path: KeyPath, entry: Any) -> str:
         "tuple_type": "must be a list",
         "value_error": str(limits.get("error")),
     }.get(kind, entry["msg"])
-    return f"{_show(entry['input'])}, {rule}"
+    is_range = kind in {"greater_than_equal", "less_than_equal"}
+    shown = _limit(path, entry["input"]) if is_range else _show(entry["input"])
+    return f"{shown}, {rule}"
 
 
-def _limit(path: KeyPath, limit: Any) -> str:
+def _limit(path: KeyPath, number: Any) -> str:
+    """A number of a range as the file writes it: sizes were read before their range is checked."""
     is_size = str(path[-1] if path else "").endswith("_size")
-    return format_size(limit) if is_size and isinstance(limit, int) else str(limit)
+    return format_size(number) if is_size and isinstance(number, int) else str(number)
 
 
 def _show(value: object) -> str:

@@ -13,7 +13,7 @@ MAX_SIZE_BYTES: Final = 1 << 50
 DURATION_RULE: Final = "must be a duration with a unit, such as 500ms, 30s, 2m or 1h"
 SIZE_RULE: Final = "must be a size with a unit, such as 512B, 64KiB, 512MiB or 2GiB"
 
-_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,20})?)"
+_NUMBER = r"([0-9]{1,16}(?:\.[0-9]{1,40})?)"
 _DURATION = re.compile(_NUMBER + r" ?(ms|s|m|h)")
 _SIZE = re.compile(_NUMBER + r" ?(B|KiB|MiB|GiB|TiB)")
 _DURATION_UNITS_S: Final = {
