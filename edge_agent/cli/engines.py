@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from edge_agent import paths
+from edge_agent.cli.output import add_json, print_json
 from edge_agent.cli.progress import ProgressBar
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.install import find_recipe, install
@@ -26,7 +27,7 @@ _MIB = 1 << 20
 
 
 def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
-    """Add `engines` and what is below it; each leaf sets `run`, which returns the exit code."""
+    """Add `engines` and what is below it; each leaf sets `handler`, which returns the exit code."""
     parser = subparsers.add_parser(
         "engines",
         help="install, list, show, remove and verify engines",
@@ -38,14 +39,20 @@ def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
     def add(name: str, run: Callable[[argparse.Namespace], int], help_text: str) -> Any:
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="the configuration that names the store (default: config.yaml in the usual places)",
+        )
+        command.add_argument(
             "--store",
             type=Path,
             metavar="DIR",
             help="the engine store (default: engines_dir of the configuration, "
             "else 'engines' below the state directory)",
         )
-        command.add_argument("--json", action="store_true", help="print JSON")
-        command.set_defaults(run=run)
+        add_json(command)
+        command.set_defaults(handler=run)
         return command
 
     known = ", ".join(sorted(path.stem for path in paths.recipes_dir().glob("*.yaml"))) or "none"
@@ -79,7 +86,7 @@ def run_list(args: argparse.Namespace) -> int:
     if args.json:
         broken = [{"name": problem.name, "problem": problem.description} for problem in problems]
         document = {"engines": [_summary(manifest) for manifest in engines], "problems": broken}
-        print(json.dumps(document, indent=2))
+        print_json(document)
         return 0
     if engines:
         print(_table(engines))
@@ -126,14 +133,16 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
         return Catalogue(args.store.absolute())
     from edge_agent.config import load_config  # pydantic takes a while: only where it is needed
 
-    chosen: Path | None = getattr(args, "config", None)
-    path = chosen or paths.default_config_path(os.environ)
+    path = args.config or paths.default_config_path(os.environ)
     settings = load_config(path, os.environ)
     return Catalogue(paths.engines_dir(settings.engines_dir, os.environ))
 
 
 def _print(args: argparse.Namespace, document: dict[str, Any], text: str) -> None:
-    print(json.dumps(document, indent=2) if args.json else text)
+    if args.json:
+        print_json(document)
+    else:
+        print(text)
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:

@@ -50,6 +50,12 @@ class PathObtain(Strict, frozen=True, kw_only=True, tag_field="kind", tag="path"
 Obtain = PypiObtain | PathObtain
 
 
+class _ObtainOnly(msgspec.Struct, frozen=True):
+    """Lets msgspec name `obtain` in its errors."""
+
+    obtain: Obtain
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """A decoded recipe. `directory` is where the recipe lies; relative paths start there."""
@@ -77,9 +83,9 @@ def decode_recipe(text: str, path: Path) -> Recipe:
     """
     data = _mapping(text, path)
     try:
-        obtain: Obtain = msgspec.convert(data.pop("obtain", None), Obtain)
+        obtain = msgspec.convert({"obtain": data.pop("obtain", None)}, _ObtainOnly).obtain
     except msgspec.ValidationError as error:
-        raise _error(path, str(error).replace("`$", "`obtain")) from error
+        raise _error(path, str(error).replace("`$.", "`")) from error
     if "source" in data:
         raise _error(path, "source: follows from obtain, must not be in a recipe")
     try:
