@@ -87,7 +87,7 @@ class LlamaCpp:
         # A prefill can be cancelled between batches only.
         params.n_batch = params.n_ubatch = options.prefill_batch_tokens
         params.cache_ram_mib = 0  # defaults to 8 GiB of host memory that nobody counts
-        # Without mmap the weights count as used memory, and unloading gives them back for all to see.
+        # Without mmap the weights count as used memory, and unloading visibly gives them back.
         params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
         params.verbosity = 0
         params.ui = False

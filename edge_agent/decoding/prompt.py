@@ -107,7 +107,7 @@ class PromptRenderer:
 
 
 def signature(tool: Tool) -> str:
-    """A tool in one line: `set_lamp(lamp: front|rear, on: boolean): Switch a lamp.`"""
+    """A tool in one line, such as `set_lamp(lamp: front|rear): Switch a lamp.`."""
     schema: Mapping[str, Any] = json.loads(tool.input_schema_json)
     required = schema.get("required", [])
     arguments = ", ".join(

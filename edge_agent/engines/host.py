@@ -303,7 +303,7 @@ class _Channel(asyncio.Protocol):
         for body in self._framer.feed(data):
             self._take(protocol.to_daemon_decoder.decode(body))
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's name
         self._hung_up()
 
     def send(self, message: protocol.ToWorker) -> None:

@@ -107,9 +107,8 @@ class Worker:
                 cancel.set()
 
         try:
-            if self._decoder is None:
-                raise StepFailed(RunError("ENGINE_NOT_READY", "the engine is not loaded", True))
-            outbox.finished(sequence, self._decoder.decide(message.request, cancel, on_text))
+            decoder = self._loaded_decoder()
+            outbox.finished(sequence, decoder.decide(message.request, cancel, on_text))
         except Cancelled:
             outbox.failed(sequence, _slow_daemon() if overflow else _cancelled())
         except EdgeAgentError as error:
@@ -120,6 +119,11 @@ class Worker:
         finally:
             with self._lock:
                 del self._cancels[sequence]
+
+    def _loaded_decoder(self) -> StepDecoder:
+        if self._decoder is None:
+            raise StepFailed(RunError("ENGINE_NOT_READY", "the engine is not loaded", True))
+        return self._decoder
 
 
 def _cancelled() -> RunError:
