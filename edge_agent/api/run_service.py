@@ -17,7 +17,7 @@ from edge_agent.api.errors import Context
 from edge_agent.api.interceptors import admin_socket_required, current_call
 from edge_agent.api.ports import RequestLimits, RunsPort
 from edge_agent.api.streaming import closing, write
-from edge_agent.core import HaltScope, Run, RunError
+from edge_agent.core import HaltScope, Run, RunError, ToolResult
 from edge_agent.errors import EdgeAgentError, FailedPrecondition, InvalidRequest
 from edge_agent.v1 import run_service_pb2 as pb
 from edge_agent.v1 import run_service_pb2_grpc
@@ -152,12 +152,22 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
             results = convert_request.tool_results(
                 request.tool_results.results, limits, "tool_results.results"
             )
-            try:
-                self._runs.submit(run_id, results)
-            except FailedPrecondition as late:
-                # The call timed out or the run ended while the result was on its way. The
-                # events say so; to end the stream would take the run's last event with it.
-                _log.info("tool_result_late", run_id=run_id, reason=late.reason)
+            for result in results:
+                self._take_result(run_id, result)
+
+    def _take_result(self, run_id: str, result: ToolResult) -> None:
+        """Hand in one; each by itself, so that a late one does not take others with it."""
+        try:
+            self._runs.submit(run_id, (result,))
+        except FailedPrecondition as late:
+            # The call timed out or the run ended while its result was on the way. The events say
+            # so; to end the stream would take the run's last event with it.
+            _log.info(
+                "tool_result_late",
+                run_id=run_id,
+                tool_call_id=result.tool_call_id,
+                reason=late.reason,
+            )
 
 
 class _RunOfStream:

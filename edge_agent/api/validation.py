@@ -146,37 +146,29 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _wrong_inside(root: object) -> str | None:
+def _wrong_inside(root: dict[str, object]) -> str | None:
     """What is wrong with a parsed value: too deep, or text that is not Unicode or has NULs."""
-    level: list[object] = [root]
-    depth = 0
-    while level:
-        depth += 1
-        if depth > MAX_JSON_DEPTH + 1:  # the leaves of the deepest container are one level below
-            return f"is nested deeper than {MAX_JSON_DEPTH} levels"
-        below: list[object] = []
-        for value in level:
-            problem = _wrong_text(_texts(value))
-            if problem:
-                return problem
-            if isinstance(value, dict):
-                below.extend(value.values())
-            elif isinstance(value, list):
-                below.extend(value)
+    level: list[dict[str, object] | list[object]] = [root]
+    for _ in range(MAX_JSON_DEPTH):
+        below: list[dict[str, object] | list[object]] = []
+        for container in level:
+            values: Iterable[object] = container
+            if isinstance(container, dict):
+                values = (*container, *container.values())
+            for value in values:
+                if isinstance(value, str):
+                    problem = _wrong_text(value)
+                    if problem:
+                        return problem
+                elif isinstance(value, (dict, list)):
+                    below.append(value)
         level = below
-    return None
+    return f"is nested deeper than {MAX_JSON_DEPTH} levels" if level else None
 
 
-def _texts(value: object) -> Iterable[str]:
-    if isinstance(value, str):
-        return (value,)
-    return value if isinstance(value, dict) else ()
-
-
-def _wrong_text(texts: Iterable[str]) -> str | None:
-    for text in texts:
-        if "\0" in text:
-            return "has a NUL character"
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            return "has half a surrogate pair, which is not text"
+def _wrong_text(text: str) -> str | None:
+    if "\0" in text:
+        return "has a NUL character"
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        return "has half a surrogate pair, which is not text"
     return None

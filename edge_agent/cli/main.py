@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = arguments[0] if arguments else None
     args = build_parser((asked,) if asked in COMMANDS else COMMANDS).parse_args(arguments)
     try:
-        code = int(args.handler(args))
+        handler = args.handler if "handler" in args else args.run
+        code = int(handler(args))
         sys.stdout.flush()
     except EdgeAgentError as error:
         from edge_agent.cli.output import print_error
