@@ -6,7 +6,6 @@ not what a run is.
 
 import json
 import math
-from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -152,10 +151,9 @@ def _wrong_inside(root: dict[str, object]) -> str | None:
     for _ in range(MAX_JSON_DEPTH):
         below: list[dict[str, object] | list[object]] = []
         for container in level:
-            values: Iterable[object] = container
-            if isinstance(container, dict):
-                values = (*container, *container.values())
-            for value in values:
+            keys = container if isinstance(container, dict) else ()
+            values = container.values() if isinstance(container, dict) else container
+            for value in (*keys, *values):
                 if isinstance(value, str):
                     problem = _wrong_text(value)
                     if problem:

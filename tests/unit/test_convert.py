@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -38,6 +39,10 @@ LIMITS = RequestLimits(
     max_tool_result_bytes=100,
     slow_reader_s=1.0,
 )
+
+
+UNKNOWN: Any = 77
+"""A value that an enum does not have."""
 
 
 def user(text="hi"):
@@ -145,7 +150,7 @@ def test_no_engine_and_no_default_is_refused():
 
 
 def test_an_unknown_on_disconnect_is_refused():
-    request = pb.ExecuteRunRequest(spec=spec(), on_disconnect=7)
+    request = pb.ExecuteRunRequest(spec=spec(), on_disconnect=UNKNOWN)
     with pytest.raises(InvalidRequest, match="on_disconnect"):
         convert_request.run_request(request, LIMITS)
 
@@ -159,7 +164,7 @@ CALLING = t.Message(role=t.ROLE_ASSISTANT, tool_calls=[CALL])
     [
         ([], "spec.messages"),
         ([t.Message(parts=[t.Part(text="x")]), user()], "spec.messages[0].role"),
-        ([t.Message(role=9, parts=[t.Part(text="x")]), user()], "spec.messages[0].role"),
+        ([t.Message(role=UNKNOWN, parts=[t.Part(text="x")]), user()], "spec.messages[0].role"),
         ([user(), t.Message(role=t.ROLE_SYSTEM, parts=[t.Part(text="x")]), user()],
          "spec.messages[1].role"),
         ([t.Message(role=t.ROLE_SYSTEM, parts=[t.Part(text="x")])], "spec.messages[0].role"),
@@ -205,9 +210,13 @@ def test_a_conversation_with_answered_calls_is_taken():
     assert made.messages[2] == core.Message(Role.TOOL, tool_call_id="c1", is_error=True)
 
 
-@pytest.mark.parametrize("kind", ["image", "audio"])
-def test_a_part_that_is_not_text_is_unsupported_and_named(kind):
-    part = t.Part(**{kind: t.Blob(media_type="x/y", data=b"1")})
+BLOB = t.Blob(media_type="x/y", data=b"1")
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [(t.Part(image=BLOB), "image"), (t.Part(audio=BLOB), "audio")]
+)
+def test_a_part_that_is_not_text_is_unsupported_and_named(part, kind):
     message = t.Message(role=t.ROLE_USER, parts=[t.Part(text="x"), part])
     with pytest.raises(Unsupported) as caught:
         convert(spec(messages=[message]))
@@ -374,7 +383,7 @@ def test_a_tool_may_return_nothing():
     ("request_", "field"),
     [
         (pb.HaltRequest(), "scope"),
-        (pb.HaltRequest(scope=99), "scope"),
+        (pb.HaltRequest(scope=UNKNOWN), "scope"),
         (pb.HaltRequest(scope=pb.HALT_SCOPE_ALL, target="x"), "target"),
         (pb.HaltRequest(scope=pb.HALT_SCOPE_TOOL), "target"),
         (pb.HaltRequest(scope=pb.HALT_SCOPE_CLIENT, target="x" * 65), "target"),
@@ -400,7 +409,9 @@ def test_pages():
     wanted = pb.ListRunsRequest(states=[pb.RUN_STATE_FAILED], page_size=1000, page_token="t")
     assert convert_request.page(wanted) == (frozenset({core.RunState.FAILED}), 1000, "t")
     with pytest.raises(InvalidRequest) as caught:
-        convert_request.page(pb.ListRunsRequest(states=[0, 77], page_size=1001))
+        convert_request.page(
+            pb.ListRunsRequest(states=[pb.RUN_STATE_UNSPECIFIED, UNKNOWN], page_size=1001)
+        )
     assert [v.field for v in caught.value.violations] == ["states[0]", "states[1]", "page_size"]
 
 
