@@ -28,6 +28,9 @@ OnProgress = Callable[[float], None]
 
 _BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
 _OUTPUT_LINE_BYTES = 4096
+_LOAD_POLL_S = 0.1
+_ALMOST_LOADED = 0.99
+"""The most that reading files can show; only the worker knows when the engine is loaded."""
 
 log = structlog.get_logger()
 
@@ -99,16 +102,18 @@ class EngineHost:
         finally:
             theirs.close()
         await asyncio.get_running_loop().create_connection(lambda: self._channel, sock=ours)
-        self._heard_s = time.monotonic()
-        self._tasks = [
-            asyncio.create_task(self._read_output()),
-            asyncio.create_task(self._watch_heartbeat()),
-        ]
+        self._tasks = [asyncio.create_task(self._read_output())]
         self._channel.send(
             protocol.Load(protocol.PROTOCOL_VERSION, self.manifest, str(directory), options)
         )
-        ready = await self._ready
+        watch = asyncio.create_task(self._watch_load())
+        try:
+            ready = await self._ready
+        finally:
+            watch.cancel()
         self.slots, self.load_s = ready.slots, ready.load_s
+        # Not before: native loading may hold the worker's interpreter for as long as it takes.
+        self._tasks.append(asyncio.create_task(self._watch_heartbeat()))
 
     async def _spawn(self, theirs: socket.socket) -> None:
         python = self._settings.python or sys.executable
@@ -257,9 +262,19 @@ class EngineHost:
                 if line.strip():
                     log.info("worker_output", engine=self.manifest.name, pid=self.pid, line=line)
 
+    async def _watch_load(self) -> None:
+        """How much of the engine's files the worker has read: its library may tell nothing."""
+        total_bytes = sum(spec.size_bytes for spec in self.manifest.files)
+        before_bytes = _bytes_read(self.pid)
+        while True:
+            await asyncio.sleep(_LOAD_POLL_S)
+            read_bytes = _bytes_read(self.pid) - before_bytes
+            self._on_progress(min(_ALMOST_LOADED, read_bytes / total_bytes))
+
     async def _watch_heartbeat(self) -> None:
         """Kill a worker that has stopped answering: a hung worker is never waited for."""
         settings = self._settings
+        self._heard_s = time.monotonic()
         for nonce in itertools.count():
             self._channel.send(protocol.Ping(nonce))
             await asyncio.sleep(settings.heartbeat_interval_s)
@@ -274,6 +289,14 @@ class EngineHost:
                 self.kill()
                 self._lose(error)
                 return
+
+
+def _bytes_read(pid: int) -> int:
+    """What a process has read so far (proc(5), rchar); 0 when it can't be seen."""
+    try:
+        return int(Path(f"/proc/{pid}/io").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _ignore(_text: str, _tokens: int) -> None:
