@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,7 +130,7 @@ class Daemon:
             runs=self._runs,
             engines=self._scheduler,
             daemon=self,
-            limits=lambda: request_limits(self._file.config),
+            limits=lambda: request_limits(self._file.config, self._default_engine),
         )
 
     async def run(self) -> None:
@@ -243,6 +243,12 @@ class Daemon:
             self._manager.alive()
             await asyncio.sleep(self._manager.watchdog_s / 3)
 
+    def _default_engine(self) -> str | None:
+        """As configured, else the only one there is."""
+        configured = self._file.config.runs.default_engine
+        installed = () if configured else self._catalogue.list()
+        return installed[0].name if len(installed) == 1 else configured
+
     def _degraded_reasons(self) -> tuple[str, ...]:
         reasons = [self._file.problem] if self._file.problem else []
         reasons += [
@@ -303,11 +309,11 @@ def run_settings(config: Config) -> RunSettings:
     )
 
 
-def request_limits(config: Config) -> RequestLimits:
+def request_limits(config: Config, default_engine: Callable[[], str | None]) -> RequestLimits:
     """What the configuration lets a request ask for."""
     runs = config.runs
     return RequestLimits(
-        default_engine=runs.default_engine,
+        default_engine=default_engine,
         timeout_s=runs.timeout_s,
         max_timeout_s=runs.max_timeout_s,
         max_steps=runs.max_steps,

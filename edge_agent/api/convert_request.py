@@ -166,9 +166,12 @@ def halt(request: run_service_pb2.HaltRequest) -> tuple[HaltScope, str, str]:
 def _spec(
     spec: run_service_pb2.RunSpec, limits: RequestLimits, found: Violations, path: str
 ) -> RunSpec:
-    engine = spec.engine or limits.default_engine or ""
+    engine = spec.engine or limits.default_engine() or ""
     if not engine:
-        found.add(f"{path}.engine", "is empty, and the daemon has no runs.default_engine")
+        found.add(
+            f"{path}.engine",
+            "is empty, runs.default_engine is not set, and there is not exactly 1 engine",
+        )
     found.text(f"{path}.engine", spec.engine, max_bytes=MAX_NAME_BYTES)
     found.text(f"{path}.agent", spec.agent, max_bytes=MAX_NAME_BYTES)
     if spec.output_schema_json:

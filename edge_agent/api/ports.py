@@ -5,7 +5,7 @@ in-memory implementations that the API's tests bring along. Everything speaks `c
 raises `errors`, never gRPC's.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,10 +29,11 @@ class RequestLimits:
     """What the configuration allows a request to ask for.
 
     `max_steps` and `max_tool_calls` are both the default and the most that a run may have;
-    `timeout_s` is the default and `max_timeout_s` the most.
+    `timeout_s` is the default and `max_timeout_s` the most. `default_engine` is asked only when a
+    request names none.
     """
 
-    default_engine: str | None
+    default_engine: Callable[[], str | None]
     timeout_s: float
     max_timeout_s: float
     max_steps: int

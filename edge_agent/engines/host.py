@@ -28,6 +28,8 @@ OnProgress = Callable[[float], None]
 
 _BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
 _OUTPUT_LINE_BYTES = 4096
+_OURS_ALONE = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "CREDENTIALS_DIRECTORY"}
+"""What the service manager gives to the daemon: no worker speaks for it or reads its keys."""
 _LOAD_POLL_S = 0.1
 _ALMOST_LOADED = 0.99
 """The most that reading files can show; only the worker knows when the engine is loaded."""
@@ -128,6 +130,7 @@ class EngineHost:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
+                env={key: value for key, value in os.environ.items() if key not in _OURS_ALONE},
             )
         except OSError as error:
             raise LoadFailed(
@@ -165,6 +168,8 @@ class EngineHost:
         process = self._process
         if process is not None:
             self._channel.send(protocol.Shutdown())
+            if self.load_s is None:  # native loading does not listen
+                self.kill()
             try:
                 await asyncio.wait_for(process.wait(), timeout_s / 2)
             except TimeoutError:

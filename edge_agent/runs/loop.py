@@ -75,6 +75,7 @@ class RunLoop:
         self._observed_s = time.monotonic()
         self._ending: tuple[RunState, RunError] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._driving = False
 
     def start(self) -> "asyncio.Task[None]":
         """Begin; the task ends right after the run."""
@@ -90,7 +91,8 @@ class RunLoop:
             return
         self._ending = (state, error)
         self._cancel_open_tools(error)
-        self._task.cancel()
+        if self._driving:  # a task that is cancelled before it runs would never end the run
+            self._task.cancel()
 
     def has_open_call(self, tool: str) -> bool:
         """Whether a call of this tool waits for its result."""
@@ -135,7 +137,10 @@ class RunLoop:
 
     async def _drive(self) -> None:
         spec = self.live.spec
+        self._driving = True
         try:
+            if self._ending is not None:
+                raise asyncio.CancelledError
             async with asyncio.timeout(spec.timeout_s):
                 answer = await self._run_steps()
         except TimeoutError:

@@ -5,10 +5,12 @@ numbers, watching, idempotency and cancellation are real.
 """
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 from edge_agent.api.ports import RequestLimits
+from edge_agent.api.server import ApiServers
 from edge_agent.core import (
     DaemonState,
     DaemonStatus,
@@ -30,6 +32,7 @@ from edge_agent.core import (
     ToolCallsIssued,
     ToolResult,
     ToolResultAccepted,
+    Usage,
     WorkerInfo,
 )
 from edge_agent.errors import (
@@ -41,7 +44,7 @@ from edge_agent.errors import (
 )
 
 LIMITS = RequestLimits(
-    default_engine="small",
+    default_engine=lambda: "small",
     timeout_s=60.0,
     max_timeout_s=3600.0,
     max_steps=8,
@@ -54,9 +57,10 @@ LIMITS = RequestLimits(
 
 
 class MemoryRuns:
-    """A RunsPort."""
+    """A RunsPort. `script(runs, run_id)` is run for each new run, if there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, script=None) -> None:
+        self._script = script
         self.specs: dict[str, RunSpec] = {}
         self.results: list[ToolResult] = []
         self.watchers = 0
@@ -96,8 +100,9 @@ class MemoryRuns:
     def issue(self, run_id: str, *calls: ToolCall) -> None:
         self.emit(run_id, ToolCallsIssued(1, calls))
 
-    def finish(self, run_id: str, answer: str) -> None:
+    def finish(self, run_id: str, answer: str, usage: Usage | None = None) -> None:
         run = replace(self._runs[run_id], state=RunState.SUCCEEDED, answer=answer)
+        run = replace(run, usage=usage or run.usage)
         self.emit(run_id, RunFinished(replace(run, open_tool_calls=())))
 
     def create(self, spec: RunSpec, *, client: str, request_id: str) -> Run:
@@ -116,6 +121,8 @@ class MemoryRuns:
         if request_id:
             self._by_request[request_id] = run_id
         self._tell()
+        if self._script is not None:
+            self._acting = asyncio.get_running_loop().create_task(self._script(self, run_id))
         return run
 
     def get(self, run_id: str) -> Run:
@@ -188,6 +195,53 @@ class MemoryRuns:
 
     def halts(self) -> tuple[Halt, ...]:
         return tuple(self._halts.values())
+
+
+class EdgeThread:
+    """An API with a scripted agent behind it, in a thread, for clients that block."""
+
+    def __init__(self, runtime_dir, script=None) -> None:
+        self._runtime_dir = runtime_dir
+        self._script = script
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    def __enter__(self):
+        self._thread.start()
+        assert self._started.wait(20)
+        return self
+
+    def __exit__(self, *_):
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    @property
+    def api(self) -> str:
+        return str(self._runtime_dir / "api.sock")
+
+    @property
+    def admin(self) -> str:
+        return str(self._runtime_dir / "admin.sock")
+
+    def until(self, predicate) -> None:
+        """Wait until something that happened in the runs makes `predicate()` true."""
+        asyncio.run_coroutine_threadsafe(self.runs.until(predicate), self._loop).result(20)
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self.runs = MemoryRuns(self._script)
+        servers = ApiServers(
+            self._runtime_dir,
+            runs=self.runs,
+            engines=MemoryEngines(),
+            daemon=MemoryDaemon(self.runs),
+            limits=lambda: LIMITS,
+        )
+        await servers.start()
+        self._started.set()
+        await self._stop.wait()
+        await servers.stop(0)
 
 
 class MemoryEngines:

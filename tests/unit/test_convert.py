@@ -29,7 +29,7 @@ from edge_agent.v1 import run_service_pb2 as pb
 from edge_agent.v1 import types_pb2 as t
 
 LIMITS = RequestLimits(
-    default_engine="small",
+    default_engine=lambda: "small",
     timeout_s=60.0,
     max_timeout_s=3600.0,
     max_steps=8,
@@ -144,7 +144,7 @@ def test_a_missing_spec_is_named():
 
 
 def test_no_engine_and_no_default_is_refused():
-    limits = replace(LIMITS, default_engine=None)
+    limits = replace(LIMITS, default_engine=lambda: None)
     with pytest.raises(InvalidRequest, match=r"spec\.engine: .*runs\.default_engine"):
         convert_request.run_request(pb.CreateRunRequest(spec=spec()), limits)
 
