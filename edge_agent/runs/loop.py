@@ -137,10 +137,11 @@ class RunLoop:
 
     async def _drive(self) -> None:
         spec = self.live.spec
+        if self._ending is not None:  # stopped before it began
+            await self._end(*self._ending)
+            return
         self._driving = True
         try:
-            if self._ending is not None:
-                raise asyncio.CancelledError
             async with asyncio.timeout(spec.timeout_s):
                 answer = await self._run_steps()
         except TimeoutError:

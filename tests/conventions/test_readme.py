@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+
 from tests.support.daemon import BASE_CONFIG, running_daemon
 
 REPOSITORY = Path(__file__).resolve().parents[2]
