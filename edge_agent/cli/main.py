@@ -20,6 +20,8 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    # gRPC's own remarks are no part of what a command prints; read when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     asked = arguments[0] if arguments else None
     args = build_parser((asked,) if asked in COMMANDS else COMMANDS).parse_args(arguments)

@@ -4,11 +4,10 @@ Owns the words of hints. Everything heavy is imported by those who need it.
 """
 
 import argparse
-import dataclasses
-import json
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from edge_agent.errors import EdgeAgentError
 
@@ -54,20 +53,7 @@ def connect(args: argparse.Namespace) -> "Client":
 
 def print_json(value: object) -> None:
     """One line of JSON on stdout."""
-    print(json.dumps(plain(value), ensure_ascii=False), flush=True)
-
-
-def plain(value: Any) -> Any:
-    """Core values as JSON has them."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes"
-    return value
+    print(msgspec.json.encode(value).decode(), flush=True)
 
 
 def print_error(error: EdgeAgentError, *, as_json: bool) -> None:
@@ -81,7 +67,7 @@ def print_error(error: EdgeAgentError, *, as_json: bool) -> None:
             "violations": error.violations,
             "hint": hint,
         }
-        print(json.dumps({"error": plain(fields)}, ensure_ascii=False), file=sys.stderr)
+        print(msgspec.json.encode({"error": fields}).decode(), file=sys.stderr)
         return
     print(f"error: {error.message}", file=sys.stderr)
     for violation in error.violations:

@@ -85,7 +85,9 @@ class _Printer:
     def __init__(self, *, as_json: bool, stream: bool) -> None:
         self._as_json = as_json
         self._stream = stream
-        self._streamed = ""
+        self._streamed = ""  # of the step that is being decided
+        self._step = 0
+        self._in_line = False
 
     def see(self, event: Event) -> None:
         """Print one event."""
@@ -115,7 +117,9 @@ class _Printer:
         body = event.body
         if isinstance(body, TextDelta):
             print(body.text, end="", flush=True)
-            self._streamed += body.text
+            self._streamed = body.text if body.step != self._step else self._streamed + body.text
+            self._step = body.step
+            self._in_line = not self._streamed.endswith("\n")
             return
         self._end_line()
         if isinstance(body, StateChanged) and body.load_progress is not None:
@@ -130,9 +134,9 @@ class _Printer:
             _note(f"!! stop {body.tool_call_id}: {body.reason.message}")
 
     def _end_line(self) -> None:
-        if self._streamed and not self._streamed.endswith("\n"):
+        if self._in_line:
             print(flush=True)
-            self._streamed += "\n"
+            self._in_line = False
 
 
 def _event(event: Event) -> dict[str, object]:

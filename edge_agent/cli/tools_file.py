@@ -50,6 +50,7 @@ def load_tools(path: Path) -> list[tuple[Tool, str | None]]:
         raise _report(path, found)
     for index, entry in enumerate(entries):
         found += _wrong(entry, _KEYS, f"[{index}]", required=("name",))
+        found += _unquoted(entry, f"[{index}]")
     if found:
         raise _report(path, found)
     return [_tool(entry) for entry in entries]
@@ -65,8 +66,10 @@ def _wrong(
         if key not in entry:
             yield FieldViolation(f"{path}.{key}", "is missing")
     for key, value in entry.items():
+        if not isinstance(key, str):
+            continue  # named by _unquoted
         if key not in keys:
-            close = difflib.get_close_matches(str(key), keys, n=1)
+            close = difflib.get_close_matches(key, keys, n=1)
             hint = f", did you mean {close[0]}?" if close else f", known: {', '.join(keys)}"
             yield FieldViolation(f"{path}.{key}", f"unknown key{hint}")
             continue
@@ -77,6 +80,19 @@ def _wrong(
     for index, example in enumerate(examples if isinstance(examples, list) else ()):
         at = f"{path}.examples[{index}]"
         yield from _wrong(example, _EXAMPLE_KEYS, at, required=("goal",))
+
+
+def _unquoted(value: Any, path: str) -> Iterator[FieldViolation]:
+    """Keys that YAML does not take for text, such as a bare `on`, which it reads as true."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                said = f"{json.dumps(key, default=str)} is no text: put the key in quotes"
+                yield FieldViolation(path, f"the key {said}")
+            yield from _unquoted(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _unquoted(item, f"{path}[{index}]")
 
 
 def _tool(entry: dict[str, Any]) -> tuple[Tool, str | None]:
@@ -100,7 +116,8 @@ def _tool(entry: dict[str, Any]) -> tuple[Tool, str | None]:
 
 
 def _report(path: Path, found: list[FieldViolation]) -> ConfigError:
-    lines = [f"{path}: {len(found)} errors in the tools"]
+    count = "1 error" if len(found) == 1 else f"{len(found)} errors"
+    lines = [f"{path}: {count} in the tools"]
     lines += [f"  {violation.field}: {violation.description}" for violation in found]
     return ConfigError(
         "\n".join(lines),

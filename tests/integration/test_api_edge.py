@@ -12,7 +12,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +19,12 @@ from pathlib import Path
 import grpc
 import pytest
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from edge_agent.api.server import SERVICES, ApiServers
 from edge_agent.client import AsyncClient
 from edge_agent.client.wire import typed_errors
-from edge_agent.core import TextDelta, ToolCall
+from edge_agent.core import HaltScope, TextDelta, ToolCall
 from edge_agent.errors import EdgeAgentError, FailedPrecondition
 from edge_agent.v1 import engine_service_pb2 as engine_pb
 from edge_agent.v1 import run_service_pb2 as pb
@@ -39,13 +38,6 @@ from tests.support.api_ports import LIMITS, MemoryDaemon, MemoryEngines, MemoryR
 SPEC = pb.RunSpec(messages=[t.Message(role=t.ROLE_USER, parts=[t.Part(text="hi")])])
 START = pb.ConverseRequest(start=pb.ExecuteRunRequest(spec=SPEC))
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0),)
-
-
-@pytest.fixture
-def runtime_dir():
-    """Not below tmp_path, whose names grow too long for a socket."""
-    with tempfile.TemporaryDirectory(prefix="ea-") as directory:
-        yield Path(directory)
 
 
 @pytest.fixture
@@ -93,13 +85,17 @@ async def stub(kind, path, options=()):
 async def error_of(call) -> EdgeAgentError:
     """The error that a call ends with, as a client makes it of the status's details."""
     with pytest.raises(EdgeAgentError) as caught, typed_errors("the daemon"):
-        if hasattr(call, "read"):
-            while await call.read() is not grpc.aio.EOF:
-                pass
-            await call  # pragma: no cover - a stream that ended well has no error
-        else:
-            await call
+        await drained(call)
     return caught.value
+
+
+async def drained(call):
+    """Everything that a call returns."""
+    if not hasattr(call, "read"):
+        return await call
+    while await call.read() is not grpc.aio.EOF:
+        pass
+    return None
 
 
 # --- errors ---
@@ -224,9 +220,11 @@ def test_a_client_with_a_bad_name_is_refused(runtime_dir, name):
 
 def test_a_run_belongs_to_the_client_that_made_it(runtime_dir):
     async def main():
-        async with serving(runtime_dir) as edge:
-            async with AsyncClient(str(edge.servers.api_socket), name="robot-7") as client:
-                return await client.create("hi")
+        async with (
+            serving(runtime_dir) as edge,
+            AsyncClient(str(edge.servers.api_socket), name="robot-7") as client,
+        ):
+            return await client.create("hi")
 
     assert asyncio.run(main()).client == "robot-7"
 
@@ -271,8 +269,6 @@ def test_a_halt_of_all_is_lifted_by_admin_only(runtime_dir):
         async with serving(runtime_dir) as edge:
             async with AsyncClient(str(edge.servers.api_socket), name="r") as client:
                 everything = await client.halt(reason="smoke")
-                from edge_agent.core import HaltScope
-
                 one_tool = await client.halt(HaltScope.TOOL, "arm")
                 await client.clear_halt(one_tool.halt.id)
                 with pytest.raises(EdgeAgentError) as caught:
@@ -372,7 +368,9 @@ def test_a_late_result_does_not_end_the_conversation(runtime_dir, logged):
             await talk.write(pb.ConverseRequest(tool_results=pb.ToolResults(results=results)))
             await edge.runs.until(lambda: edge.runs.results)
             edge.runs.finish("run-1", "done")
-            events = [response.event.WhichOneof("kind") async for response in talk]
+            events = []
+            while (response := await talk.read()) is not grpc.aio.EOF:
+                events.append(response.event.WhichOneof("kind"))
             return events, [result.tool_call_id for result in edge.runs.results]
 
     events, taken = asyncio.run(main())
@@ -546,9 +544,11 @@ def test_the_socket_of_a_daemon_that_was_killed_is_replaced(runtime_dir):
     stale.close()
 
     async def main():
-        async with serving(runtime_dir) as edge:
-            async with AsyncClient(str(edge.servers.api_socket)) as client:
-                return (await client.status()).version
+        async with (
+            serving(runtime_dir) as edge,
+            AsyncClient(str(edge.servers.api_socket)) as client,
+        ):
+            return (await client.status()).version
 
     assert asyncio.run(main()) == "9.8.7"
 
@@ -655,7 +655,16 @@ def buf_curl(api_socket, *arguments):
     if buf is None:
         pytest.fail("buf is missing; `make setup` installs it")
     return subprocess.run(
-        [buf, "curl", "--http2-prior-knowledge", "--unix-socket", api_socket, *arguments],
+        [
+            buf,
+            "curl",
+            "--protocol",
+            "grpc",
+            "--http2-prior-knowledge",
+            "--unix-socket",
+            api_socket,
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         timeout=50,
