@@ -42,7 +42,7 @@ def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
             "--config",
             type=Path,
             metavar="FILE",
-            help="the configuration that names the store (default: config.yaml in the usual places)",
+            help="the configuration that names the store (default: as for serve)",
         )
         command.add_argument(
             "--store",
