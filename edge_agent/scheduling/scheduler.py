@@ -216,6 +216,8 @@ class Scheduler:
         for task in (*self._loads.values(), *self._background):
             task.cancel()
         await asyncio.gather(*self._loads.values(), *self._background, return_exceptions=True)
+        for loaded in self._loaded.values():
+            loaded.become(EngineState.STOPPING)  # so that its end is not taken for a loss
         stops = [each.host.stop(self.settings.unload_timeout_s) for each in self._loaded.values()]
         for outcome in await asyncio.gather(*stops, return_exceptions=True):
             if isinstance(outcome, WorkerError):
