@@ -23,7 +23,7 @@ from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.host import WorkerSettings
 from edge_agent.engines.manifest import Manifest
 from edge_agent.engines.protocol import Options
-from edge_agent.errors import ConfigError
+from edge_agent.errors import ConfigError, ManifestError
 from edge_agent.notify import ServiceManager
 from edge_agent.observability import logging
 from edge_agent.runs.halts import HaltLatch
@@ -70,7 +70,10 @@ class ConfigFile:
             last_good = self.locations.state_dir / LAST_GOOD_CONFIG
             if not last_good.exists():
                 raise
-            self.config = self._load(last_good)
+            try:
+                self.config = self._load(last_good)
+            except ConfigError:  # of an older release, say: the file's own errors are what helps
+                raise error from None
             self.problem = f"running on the last known good configuration: {error.message}"
 
     def reload(self) -> tuple[str, ...]:
@@ -103,8 +106,11 @@ class ConfigFile:
 
     def _keep_last_good(self, path: Path) -> None:
         partial = self._state_dir / f"{LAST_GOOD_CONFIG}.partial"
-        partial.write_bytes(path.read_bytes())
-        partial.replace(self._state_dir / LAST_GOOD_CONFIG)
+        try:
+            partial.write_bytes(path.read_bytes())
+            partial.replace(self._state_dir / LAST_GOOD_CONFIG)
+        except OSError as error:  # a full disk is no reason to refuse a good configuration
+            log.warning("last_good_config_not_kept", error=str(error))
 
 
 class Daemon:
@@ -170,7 +176,7 @@ class Daemon:
             started_at_s=self._started_s,
             uptime_s=time.monotonic() - self._started_monotonic_s,
             runs=self._runs.counts(),
-            engines_installed=len(self._catalogue.list()),
+            engines_installed=self._installed(),
             engines_loaded=self._scheduler.loaded_count(),
             max_resident_engines=self._file.config.scheduling.max_resident_engines,
             halts=self._runs.halts(),
@@ -251,10 +257,17 @@ class Daemon:
 
     def _degraded_reasons(self) -> tuple[str, ...]:
         reasons = [self._file.problem] if self._file.problem else []
-        reasons += [
-            f"engine {broken.name}: {broken.description}" for broken in self._catalogue.problems()
-        ]
-        return tuple(reasons)
+        try:
+            broken = self._catalogue.problems()
+        except ManifestError as error:
+            return (*reasons, f"engine store: {error.message}")
+        return (*reasons, *(f"engine {each.name}: {each.description}" for each in broken))
+
+    def _installed(self) -> int:
+        try:
+            return len(self._catalogue.list())
+        except ManifestError:  # the store can't be read: one of the reasons above
+            return 0
 
     def _status_line(self) -> str:
         if self._draining:
