@@ -37,16 +37,20 @@ class DaemonProcess:
         self._ended = False
         self.process = self._start()
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        command = [
+    @property
+    def command(self) -> list[str]:
+        """What starts it."""
+        return [
             sys.executable, "-m", "edge_agent", "serve",
             "--config", str(self.config_path),
             "--runtime-dir", str(self.directory / "run"),
             "--state-dir", str(self.state_dir),
             "--engines-dir", str(self.engine_store),
         ]  # fmt: skip
+
+    def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=self._environ
+            self.command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=self._environ
         )
         self._ended = False
         threading.Thread(target=self._read, args=(process,), daemon=True).start()
@@ -86,8 +90,21 @@ class DaemonProcess:
         with self._arrived:
             return [line for line in self._lines if line.get("event") == event]
 
+    def wait_for_output(self) -> str:
+        """All that it wrote outside of its log, once it has ended."""
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: self._ended, START_TIMEOUT_S)
+        return "".join(line["text"] for line in self.lines("raw"))
+
+    def configure(self, config: str) -> None:
+        """Replace its configuration file; it has not read it yet."""
+        self.config_path.write_text(config)
+
     def restart(self) -> None:
         """Start again on the same directories after the process has ended."""
+        if self.process.stderr is not None:
+            self.wait_for_output()
+            self.process.stderr.close()
         with self._arrived:
             self._lines = []
         self.process = self._start()
