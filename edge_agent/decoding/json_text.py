@@ -3,7 +3,8 @@
 import re
 
 _ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-_UNICODE = re.compile(r"\\u([0-9a-fA-F]{4})")
+_UNICODE = re.compile(r"\\u([0-9a-fA-F]{0,4})")
+_DIGITS = 4
 _PLAIN = re.compile(r'[^"\\]+')
 _HIGH_SURROGATE = range(0xD800, 0xDC00)
 _LOW_SURROGATE = range(0xDC00, 0xE000)
@@ -45,19 +46,21 @@ def _read_escape(text: str, at: int) -> tuple[str, int] | None:
         return None
     if text[at + 1] != "u":
         return _ESCAPES.get(text[at + 1], _REPLACEMENT), at + 2
-    first = _UNICODE.match(text, at)
-    if first is None:
-        return None if len(text) < at + 6 else (_REPLACEMENT, at + 6)
-    unit = int(first.group(1), 16)
+    unit, end = _read_unit(text, at)
+    if unit is None:
+        return None if end == len(text) else (_REPLACEMENT, end)
     if unit not in _HIGH_SURROGATE:
-        return (_REPLACEMENT if unit in _LOW_SURROGATE else chr(unit)), first.end()
-    second = _UNICODE.match(text, first.end())
-    if second is None:
-        incomplete = len(text) < first.end() + 6 and r"\u".startswith(
-            text[first.end() : first.end() + 2]
-        )
-        return None if incomplete else (_REPLACEMENT, first.end())
-    low = int(second.group(1), 16)
-    if low not in _LOW_SURROGATE:
-        return _REPLACEMENT, first.end()
-    return chr(0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00)), second.end()
+        return (_REPLACEMENT if unit in _LOW_SURROGATE else chr(unit)), end
+    low, low_end = _read_unit(text, end)
+    if low is None or low not in _LOW_SURROGATE:
+        return None if low is None and low_end == len(text) else (_REPLACEMENT, end)
+    return chr(0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00)), low_end
+
+
+def _read_unit(text: str, at: int) -> tuple[int | None, int]:
+    """The number of the Unicode escape at `at`, None without four digits; and where it ends."""
+    found = _UNICODE.match(text, at)
+    if found is None:
+        return None, len(text) if r"\u".startswith(text[at:]) else at
+    digits = found.group(1)
+    return (int(digits, 16) if len(digits) == _DIGITS else None), found.end()
