@@ -16,16 +16,31 @@ from edge_agent.errors import StepFailed
 
 TEXT_ANSWER = '{"type":"string"}'
 _CACHED_SCHEMAS = 512
+_DIALECTS = (
+    "https://json-schema.org/draft/2020-12/schema",
+    "https://json-schema.org/draft/2019-09/schema",
+    "http://json-schema.org/draft-07/schema",
+    "http://json-schema.org/draft-06/schema",
+    "http://json-schema.org/draft-04/schema",
+)
 
 
 def union_schema(tools: Sequence[Tool], output_schema_json: str) -> str:
     """One call of one of `tools`, or an answer."""
     branches: list[object] = [
-        _closed({"name": {"const": tool.name}, "arguments": json.loads(tool.input_schema_json)})
-        for tool in tools
+        _closed({"name": {"const": tool.name}, "arguments": _resource(tool.input_schema_json, n)})
+        for n, tool in enumerate(tools)
     ]
-    branches.append(_closed({ANSWER: json.loads(output_schema_json or TEXT_ANSWER)}))
+    branches.append(_closed({ANSWER: _resource(output_schema_json or TEXT_ANSWER, len(tools))}))
     return json.dumps({"anyOf": branches})
+
+
+def _resource(schema_json: str, number: int) -> object:
+    """A schema whose own references (`#/$defs/...`) still hold inside another one."""
+    schema: object = json.loads(schema_json)
+    if isinstance(schema, dict) and '"$ref"' in schema_json:
+        return {"$id": f"urn:edge-agent:branch:{number}", **schema}
+    return schema
 
 
 def _closed(properties: dict[str, object]) -> dict[str, object]:
@@ -66,8 +81,14 @@ def check_schemas(
 
 def _meta_complaint(schema_json: str) -> str | None:
     """What makes this no JSON Schema at all; None if it is one."""
+    schema = json.loads(schema_json)
+    if isinstance(schema, dict):
+        # Nothing is fetched: `jsonschema_rs` would follow an unknown `$schema` over the network.
+        declared = schema.get("$schema", _DIALECTS[0])
+        if not isinstance(declared, str) or declared.removesuffix("#") not in _DIALECTS:
+            return f"$schema: {declared!r}, must be one of {', '.join(_DIALECTS)}"
     try:
-        jsonschema_rs.meta.validate(json.loads(schema_json))
+        jsonschema_rs.meta.validate(schema)
     except (ValueError, jsonschema_rs.ReferencingError) as error:
         return str(error).splitlines()[0]
     return None
