@@ -142,20 +142,24 @@ def message_text(message: Message, names: Mapping[str, str], tools: Sequence[Too
 
 def call_text(call: ToolCall) -> str:
     """A call as the model writes it."""
-    return json.dumps(
-        {"name": call.name, "arguments": json.loads(call.arguments_json)}, ensure_ascii=False
-    )
+    return to_json({"name": call.name, "arguments": json.loads(call.arguments_json)})
 
 
 def answer_text(answer: str) -> str:
     """An answer as the model writes it when there are tools."""
-    return json.dumps({ANSWER: answer}, ensure_ascii=False)
+    return to_json({ANSWER: answer})
 
 
 def result_text(name: str, content: str, *, is_error: bool) -> str:
     """A tool's result as the model reads it; JSON stays JSON."""
     try:
         value: object = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = content
-    return json.dumps({"tool": name, "error" if is_error else "result": value}, ensure_ascii=False)
+    return to_json({"tool": name, "error" if is_error else "result": value})
+
+
+def to_json(value: object) -> str:
+    """JSON that is text: an escaped half of a surrogate pair is no character of any token."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text.encode(errors="replace").decode()

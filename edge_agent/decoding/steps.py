@@ -25,7 +25,7 @@ from edge_agent.core import (
 )
 from edge_agent.decoding import ranking, schemas
 from edge_agent.decoding.json_text import JsonStringReader
-from edge_agent.decoding.prompt import PromptRenderer
+from edge_agent.decoding.prompt import PromptRenderer, to_json
 from edge_agent.engines.manifest import Manifest
 from edge_agent.errors import StepFailed
 
@@ -69,7 +69,8 @@ class StepDecoder:
         schemas.check_schemas(request.tools, request.output_schema_json, self._backend.check_schema)
         with self._render_lock:
             prompt = self._renderer.render(request.messages, request.tools)
-        max_tokens = self._output_budget(len(prompt), request.max_output_tokens)
+        needed = len(prompt) + self._longest_head(request)
+        max_tokens = self._output_budget(needed, request.max_output_tokens)
         step = _Step(self._backend, self._manifest, request, prompt, max_tokens, cancel, on_text)
         if not request.tools:
             return step.free_answer()
@@ -86,6 +87,15 @@ class StepDecoder:
     def _plain(self, text: str) -> list[int]:
         with self._render_lock:
             return self._renderer.plain(text)
+
+    def _longest_head(self, request: StepRequest) -> int:
+        """Tokens that come before what is decoded, and are part of the prompt then."""
+        heads = [_ANSWER_HEAD] if request.tools else []
+        if not request.answer_only:
+            if self._manifest.tools.strategy == "schema":
+                return 0
+            heads += [_call_head(tool.name) for tool in request.tools]
+        return max((len(self._plain(head)) for head in heads), default=0)
 
     def _output_budget(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens may be generated; refuses rather than cuts anything."""
@@ -223,10 +233,9 @@ class _Step:
         schemas.validate(schema, text)
         decided = json.loads(text)
         if ANSWER in decided:
-            answer = decided[ANSWER]
-            answer = answer if streams else json.dumps(answer, ensure_ascii=False)
+            answer = stream.text if streams else to_json(decided[ANSWER])
             return self._result(answer, (), completion)
-        arguments = json.dumps(decided["arguments"], ensure_ascii=False)
+        arguments = to_json(decided["arguments"])
         return self._result("", (ToolCall("", decided["name"], arguments),), completion)
 
     def _complete(
