@@ -11,6 +11,7 @@ the name (`timeout_s`), so those fields have an alias.
 
 import copy
 import difflib
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -47,6 +48,8 @@ What is below `worker` and `engines` holds for engines that are loaded from then
 _KIB: Final = 1 << 10
 _MIB: Final = 1 << 20
 _SHOWN_CHARACTERS: Final = 60
+_SHORT: Final = reprlib.Repr()  # looks at a few items only, so that no YAML bomb goes off
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _SHOWN_CHARACTERS + 1
 
 
 def _path(value: object) -> object:
@@ -238,7 +241,7 @@ def _read(path: Path) -> str:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise _report(str(path), [FieldViolation("file", f"larger than {MAX_BYTES} bytes")], {})
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8")
     except OSError as error:
         violation = FieldViolation("file", error.strerror or str(error))
         raise _report(str(path), [violation], {}) from error
@@ -249,10 +252,13 @@ def _read(path: Path) -> str:
 
 def _validate(document: Document) -> tuple[Config, list[FieldViolation]]:
     """The configuration without what is wrong in it, and what is wrong."""
-    data = copy.deepcopy(document.data)
     found: list[FieldViolation] = []
+    data: Any = None
     try:
+        data = copy.deepcopy(document.data)
         return Config.model_validate(data), found
+    except RecursionError:
+        return Config(), [FieldViolation("document", "nested too deeply")]
     except ValidationError as error:
         for entry in error.errors(include_url=False):
             path: KeyPath = tuple(key for key in entry["loc"] if key != "[key]")
@@ -314,7 +320,7 @@ def _show(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 

@@ -65,7 +65,7 @@ def read_yaml(text: str) -> Document:
                 return Document(None)
             lines: dict[KeyPath, int] = {}
             problems: list[Problem] = []
-            _walk(node, (), lines, problems, frozenset())
+            _walk(node, (), lines, problems, set())
             return Document(loader.construct_document(node), lines, tuple(problems))
         finally:
             loader.dispose()
@@ -93,16 +93,16 @@ def _walk(
     path: KeyPath,
     lines: dict[KeyPath, int],
     problems: list[Problem],
-    above: frozenset[int],
+    seen: set[int],
 ) -> None:
-    """Note the lines and repeated keys below `node`; an alias to a node above is not followed."""
-    if id(node) in above:
+    """Note the lines and repeated keys below `node`, each node once whatever aliases name it."""
+    if id(node) in seen:
         return
-    above |= {id(node)}
+    seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*path, index)] = item.start_mark.line + 1
-            _walk(item, (*path, index), lines, problems, above)
+            _walk(item, (*path, index), lines, problems, seen)
     elif isinstance(node, yaml.MappingNode):
         for key_node, value in node.value:
             key = _key(key_node)
@@ -111,7 +111,7 @@ def _walk(
                 said = f"written twice (lines {lines[(*path, key)]} and {line})"
                 problems.append(Problem((*path, key), said))
             lines.setdefault((*path, key), line)
-            _walk(value, (*path, key), lines, problems, above)
+            _walk(value, (*path, key), lines, problems, seen)
 
 
 def _key(node: yaml.Node) -> str:

@@ -103,6 +103,13 @@ class TestVerifying:
         os.truncate(directory / "model.bin", size - 1)
         assert verify(catalogue)["model.bin"] == f"expected {size} bytes, found {size - 1}"
 
+    def test_progress_ends_at_one_even_where_files_are_missing(self, catalogue: Catalogue):
+        for path in FILES:
+            (catalogue.root / NAME / path).unlink()
+        seen: list[float] = []
+        assert len(catalogue.verify(NAME, seen.append)) == len(FILES)
+        assert seen[-1] == 1.0
+
     @pytest.mark.parametrize("which", ["file", "directory"])
     def test_a_link_is_no_file_of_the_engine(
         self, catalogue: Catalogue, tmp_path: Path, which: str

@@ -231,9 +231,32 @@ shutdown: {grace: 0s}
     def test_a_syntax_error_says_line_and_column(self, text: str, place: str):
         assert list(violations(text)) == [place]
 
-    @pytest.mark.parametrize("text", ["[" * 100_000, "a: " * 20, "x: 2026-02-30", "a: &a [*a]"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "[" * 100_000,
+            "preload: " + "[" * 990 + "]" * 990,
+            "preload: " + "[" * 400 + "]" * 400,
+            "a: " * 20,
+            "x: 2026-02-30",
+            "#" * (1 << 20) + "\n",
+        ],
+    )
     def test_hostile_text_is_an_error_and_no_crash(self, text: str):
         assert violations(text)
+
+    def test_an_alias_to_what_is_above_it_is_not_followed(self):
+        assert list(violations("a: &a [*a]")) == ["a"]
+
+    @pytest.mark.timeout(5)
+    def test_a_bomb_of_aliases_does_not_go_off(self):
+        levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+        text = "\n".join(["a0: &a0 [x]", *levels, "preload: *a29", "log: {level: *a29}"])
+        assert {"preload[0]", "log.level", "a29"} <= set(violations(text))
+
+    def test_an_item_of_a_list_has_its_own_line(self):
+        with pytest.raises(ConfigError, match=r"preload\[1\] \(line 3\)"):
+            parse_config("preload:\n- a\n- B\n", "test")
 
     def test_the_report_of_a_broken_file_names_the_file(self, tmp_path: Path):
         with pytest.raises(ConfigError, match=r"no-such.yaml: 1 error.*\n.*No such file"):
