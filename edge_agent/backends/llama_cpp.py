@@ -74,24 +74,11 @@ class LlamaCpp:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import xllamacpp
 
-        params = xllamacpp.CommonParams()
         self._socket_dir = tempfile.mkdtemp(prefix="edge-agent-")
         self._listener = _Listener(f"{self._socket_dir}/engine.sock", secrets.token_hex(16))
+        params = server_parameters(manifest, directory, options)
         params.hostnames = [self._listener.path]
         params.api_keys = [self._listener.key]
-        params.model.path = str(directory / manifest.model)
-        params.n_ctx = manifest.context_tokens * options.slots  # divided among the slots
-        params.n_parallel = options.slots
-        threads = options.threads or max(1, len(os.sched_getaffinity(0)) - 1)
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        # A prefill can be cancelled between batches only.
-        params.n_batch = params.n_ubatch = options.prefill_batch_tokens
-        params.cache_ram_mib = 0  # defaults to 8 GiB of host memory that nobody counts
-        # Without mmap the weights count as used memory, and unloading visibly gives them back.
-        params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
-        params.verbosity = 0
-        params.ui = False
-        params.endpoint_slots = False
         progress(0.0)
         try:
             self._server = xllamacpp.Server(params)
@@ -215,6 +202,27 @@ class LlamaCpp:
             raise failure
         if cancel.is_set():
             raise Cancelled
+
+
+def server_parameters(manifest: Manifest, directory: Path, options: LoadOptions) -> Any:
+    """How the library is told to load an engine, its listener apart."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(directory / manifest.model)
+    params.n_ctx = manifest.context_tokens * options.slots  # divided among the slots
+    params.n_parallel = options.slots
+    threads = options.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    # A prefill can be cancelled between batches only.
+    params.n_batch = params.n_ubatch = options.prefill_batch_tokens
+    params.cache_ram_mib = 0  # defaults to 8 GiB of host memory that nobody counts
+    # Without mmap the weights count as used memory, and unloading visibly gives them back.
+    params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
+    params.verbosity = 0
+    params.ui = False
+    params.endpoint_slots = False
+    return params
 
 
 def _refused(detail: object) -> StepFailed:
