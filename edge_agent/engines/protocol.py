@@ -29,7 +29,11 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     backlog_s: float
 
 
-class Load(msgspec.Struct, frozen=True, tag_field="t", tag="load"):
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
+    """Base: after the versions agreed, a field that one end does not know is a fault."""
+
+
+class Load(_Message, frozen=True, forbid_unknown_fields=False, tag="load"):
     """Load this engine. Sent once."""
 
     version: int
@@ -38,43 +42,43 @@ class Load(msgspec.Struct, frozen=True, tag_field="t", tag="load"):
     options: Options
 
 
-class Generate(msgspec.Struct, frozen=True, tag_field="t", tag="generate"):
+class Generate(_Message, frozen=True, tag="generate"):
     """Decide one step. `sequence` is unique within the worker."""
 
     sequence: int
     request: StepRequest
 
 
-class Cancel(msgspec.Struct, frozen=True, tag_field="t", tag="cancel"):
+class Cancel(_Message, frozen=True, tag="cancel"):
     """Stop deciding; answered by the sequence's `Failed` with reason CANCELLED, or its end."""
 
     sequence: int
 
 
-class Ping(msgspec.Struct, frozen=True, tag_field="t", tag="ping"):
+class Ping(_Message, frozen=True, tag="ping"):
     """Answered by `Pong` from the worker's main loop."""
 
     nonce: int
 
 
-class Shutdown(msgspec.Struct, frozen=True, tag_field="t", tag="shutdown"):
+class Shutdown(_Message, frozen=True, tag="shutdown"):
     """End now."""
 
 
-class Hello(msgspec.Struct, frozen=True, tag_field="t", tag="hello"):
+class Hello(_Message, frozen=True, forbid_unknown_fields=False, tag="hello"):
     """The worker is up."""
 
     version: int
     pid: int
 
 
-class Loading(msgspec.Struct, frozen=True, tag_field="t", tag="loading"):
+class Loading(_Message, frozen=True, tag="loading"):
     """Progress of the load, 0 to 1."""
 
     fraction: float
 
 
-class Ready(msgspec.Struct, frozen=True, tag_field="t", tag="ready"):
+class Ready(_Message, frozen=True, tag="ready"):
     """The engine takes steps, this many at once."""
 
     slots: int
@@ -82,13 +86,13 @@ class Ready(msgspec.Struct, frozen=True, tag_field="t", tag="ready"):
     backend_version: str
 
 
-class Refused(msgspec.Struct, frozen=True, tag_field="t", tag="refused"):
+class Refused(_Message, frozen=True, tag="refused"):
     """The engine could not be loaded; the worker ends."""
 
     error: RunError
 
 
-class Pong(msgspec.Struct, frozen=True, tag_field="t", tag="pong"):
+class Pong(_Message, frozen=True, tag="pong"):
     """The answer to `Ping`."""
 
     nonce: int
@@ -116,7 +120,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True):
     error: RunError
 
 
-class Batch(msgspec.Struct, frozen=True, tag_field="t", tag="batch"):
+class Batch(_Message, frozen=True, tag="batch"):
     """What one engine step brought, for all active sequences."""
 
     deltas: tuple[Delta, ...] = ()
