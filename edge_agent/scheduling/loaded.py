@@ -5,6 +5,7 @@ Changed by the scheduler only.
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edge_agent.core import EngineState, RunError, WorkerInfo
@@ -14,9 +15,13 @@ from edge_agent.wakeup import Wakeup
 
 @dataclass(slots=True)
 class LoadedEngine:
-    """`active` counts the steps that hold a place, `waiting` those that want one."""
+    """`active` counts the steps that hold a place, `waiting` those that want one.
+
+    `on_change` is told whatever a watcher of engines sees.
+    """
 
     host: EngineHost
+    on_change: Callable[[], None]
     state: EngineState = EngineState.LOADING
     progress: float | None = None
     error: RunError | None = None
@@ -28,11 +33,13 @@ class LoadedEngine:
     async def take_place(self) -> bool:
         """Wait for a place, first come first served; False when the engine takes no more steps."""
         self.waiting += 1
+        self.on_change()
         try:
             while self.state is EngineState.READY and self.active >= self.host.slots:
                 await asyncio.shield(self._changed.next())
         finally:
             self.waiting -= 1
+            self.on_change()
         if self.state is not EngineState.READY:
             return False
         self.active += 1
@@ -42,12 +49,16 @@ class LoadedEngine:
         """A step's place is free again."""
         self.active -= 1
         self.last_used_s = time.monotonic()
-        self._changed.notify()
+        self._tell()
 
     def become(self, state: EngineState, error: RunError | None = None) -> None:
         """Change the state; everybody who waits looks again."""
         self.state, self.error = state, error
+        self._tell()
+
+    def _tell(self) -> None:
         self._changed.notify()
+        self.on_change()
 
     async def drained(self) -> None:
         """Return once no step holds a place."""

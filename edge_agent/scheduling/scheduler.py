@@ -284,7 +284,7 @@ class Scheduler:
         name, settings = manifest.name, self.settings
         self._failures.pop(name, None)
         host = EngineHost(manifest, settings.worker(manifest))
-        loaded = self._loaded[name] = LoadedEngine(host)
+        loaded = self._loaded[name] = LoadedEngine(host, self._changed.notify)
         self._changed.notify()
 
         def progressed(fraction: float) -> None:
