@@ -140,7 +140,6 @@ def fill_event(target: run_service_pb2.RunEvent, event: core.Event) -> None:
     match event.body:
         case core.TextDelta(step=step, text=text, tokens=tokens):
             delta = target.text_delta
-            delta.SetInParent()
             delta.step, delta.text, delta.tokens = step, text, tokens
         case core.StateChanged(state=state, load_progress=progress):
             target.state_changed.state = _STATES[state]

@@ -24,7 +24,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 from edge_agent.api.server import SERVICES, ApiServers
 from edge_agent.client import AsyncClient
 from edge_agent.client.wire import typed_errors
-from edge_agent.core import HaltScope, TextDelta, ToolCall
+from edge_agent.core import (
+    HaltScope,
+    Limits,
+    Message,
+    Role,
+    RunFinished,
+    RunSpec,
+    TextDelta,
+    TextPart,
+    ToolCall,
+)
 from edge_agent.errors import EdgeAgentError, FailedPrecondition
 from edge_agent.v1 import engine_service_pb2 as engine_pb
 from edge_agent.v1 import run_service_pb2 as pb
@@ -186,6 +196,21 @@ def test_a_broken_configuration_is_reported_to_admin_even_when_the_report_is_lon
     assert error.reason == "CONFIG_INVALID"
     assert error.violations[0].field == "runs.key_0"
     assert int(error.metadata["violations_left_out"]) + len(error.violations) == 200
+
+
+def test_a_list_of_runs_leaves_their_transcripts_out(runtime_dir):
+    async def main():
+        async with serving(runtime_dir) as edge, stub(RunServiceStub, edge.servers.api_socket) as s:
+            run = edge.runs.create(
+                RunSpec((), "small", Limits(1, 1), 1.0), client="", request_id=""
+            )
+            said = (Message(Role.ASSISTANT, (TextPart("long"),)),)
+            edge.runs.emit(run.id, RunFinished(replace(run, transcript=said)))
+            got = await s.GetRun(pb.GetRunRequest(run_id=run.id))
+            listed = await s.ListRuns(pb.ListRunsRequest())
+            return len(got.run.transcript), [len(each.transcript) for each in listed.runs]
+
+    assert asyncio.run(main()) == (1, [0])
 
 
 # --- who calls ---
@@ -614,7 +639,7 @@ def test_a_runtime_directory_that_can_not_be_is_refused(runtime_dir):
     assert caught.value.reason == "RUNTIME_DIR_UNUSABLE"
 
 
-def test_health_says_what_it_is_told(runtime_dir):
+def test_health_says_what_it_is_told(runtime_dir, logged):
     async def main():
         said = []
         async with serving(runtime_dir) as edge:
@@ -633,6 +658,8 @@ def test_health_says_what_it_is_told(runtime_dir):
     said, unknown = asyncio.run(main())
     assert said == [False, False, True, True, False, False]
     assert unknown is grpc.StatusCode.NOT_FOUND
+    assert {line["event"] for line in logged} == {"rpc_finished"}
+    assert {line["log_level"] for line in logged} == {"debug"}
 
 
 def test_running_calls_finish_within_the_grace_period(runtime_dir):

@@ -188,16 +188,35 @@ def test_a_coroutine_that_is_running_is_cancelled_with_its_call(runtime_dir):
     assert results == [ToolResult("a", (TextPart("cancelled"),), cancelled=True)]
 
 
-@BOTH
-def test_what_on_event_raises_ends_the_run(runtime_dir, carry):
-    def on_event(event):
-        raise RuntimeError(event.run_id)
+def angry(event):
+    raise RuntimeError(event.run_id)
 
-    with EdgeThread(runtime_dir) as edge:
+
+def test_what_on_event_raises_ends_the_run(runtime_dir):
+    with EdgeThread(runtime_dir) as edge, Client(edge.api) as client:
         with pytest.raises(RuntimeError, match="run-1"):
-            carry(edge, {}, on_event)
+            client.run("hi", on_event=angry)
         edge.until(lambda: edge.runs.get("run-1").state.ended)
         assert edge.runs.get("run-1").error.reason == "CLIENT_DISCONNECTED"
+
+
+def test_what_on_event_raises_ends_the_run_of_asyncio_too(runtime_dir):
+    async def main(edge):
+        async with AsyncClient(edge.api) as client:
+            with pytest.raises(RuntimeError, match="run-1"):
+                await client.run("hi", on_event=angry)
+            await asyncio.to_thread(edge.until, lambda: edge.runs.get("run-1").state.ended)
+
+    with EdgeThread(runtime_dir) as edge:
+        asyncio.run(main(edge))
+        assert edge.runs.get("run-1").error.reason == "CLIENT_DISCONNECTED"
+
+
+def test_a_daemon_that_refuses_is_not_taken_for_one_that_is_not_there(runtime_dir):
+    with EdgeThread(runtime_dir) as edge, Client(edge.api) as client:
+        with pytest.raises(Unavailable) as caught:
+            client.create("hi", engine="leaves")
+        assert (caught.value.reason, caught.value.retry_after_s) == ("DRAINING", 1.0)
 
 
 @BOTH

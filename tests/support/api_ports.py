@@ -41,6 +41,7 @@ from edge_agent.errors import (
     FailedPrecondition,
     FieldViolation,
     NotFound,
+    Unavailable,
 )
 
 LIMITS = RequestLimits(
@@ -108,6 +109,8 @@ class MemoryRuns:
     def create(self, spec: RunSpec, *, client: str, request_id: str) -> Run:
         if spec.engine == "explodes":
             raise RuntimeError("secret detail")
+        if spec.engine == "leaves":
+            raise Unavailable("draining", reason="DRAINING")
         if spec.engine != "small":
             raise NotFound(f"no engine {spec.engine}", metadata={"engine": spec.engine})
         known = self._by_request.get(request_id)

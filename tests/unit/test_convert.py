@@ -249,11 +249,15 @@ def test_names_of_tools(name, good):
 
 
 def test_a_name_that_appears_twice_says_where_it_was_first():
-    found = violations(spec(tools=[tool(), tool(name="b"), tool()]))
-    assert found == {"spec.tools[2].name": '"lamp" is already spec.tools[0]'}
+    found = violations(spec(tools=[tool(), tool(name="b"), tool(), tool()]))
+    assert found == {
+        "spec.tools[2].name": '"lamp" is already spec.tools[0]',
+        "spec.tools[3].name": '"lamp" is already spec.tools[0]',
+    }
 
 
 def test_too_many_tools_are_refused_with_both_numbers():
+    assert len(convert(spec(tools=[tool(name=f"t{i}") for i in range(4)])).tools) == 4
     found = violations(spec(tools=[tool(name=f"t{i}") for i in range(5)]))
     assert found == {"spec.tools": "5 tools, at most 4 allowed (runs.max_tools)"}
 
@@ -373,6 +377,17 @@ def test_tool_results_are_checked_as_a_whole():
 def test_no_results_are_no_results():
     with pytest.raises(InvalidRequest, match="results: is empty"):
         results()
+
+
+def test_a_result_and_a_request_may_be_as_large_as_the_limit():
+    text = "x" * LIMITS.max_tool_result_bytes
+    assert results(t.ToolResult(tool_call_id="a", parts=[t.Part(text=text)]))
+    request = pb.CreateRunRequest(spec=spec())
+    limits = replace(LIMITS, max_request_bytes=request.ByteSize())
+    convert_request.check_size(request, limits)
+    request.request_id = "one more"
+    with pytest.raises(InvalidRequest):
+        convert_request.check_size(request, limits)
 
 
 def test_a_tool_may_return_nothing():
