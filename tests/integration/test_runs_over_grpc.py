@@ -62,10 +62,12 @@ TURN_ON = goal("Turn on the light.", tools=[LIGHT_ON], max_tool_calls=1)
 NARROW = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
 """A channel that takes in no more than its reader asks for, as of a client whose memory is full."""
 
-# 240 kB on the wire and nearly nothing in the prompt: more than any buffer on the way holds.
-BULKY = pb.ToolResult(
-    tool_call_id="call-1", parts=[pb.Part(text="")] * 60_000 + [pb.Part(text="The light is on.")]
-)
+
+def bulky(text):
+    """240 kB on the wire, more than any buffer on the way holds, and only `text` in the prompt."""
+    parts = [pb.Part(text="")] * 60_000 + [pb.Part(text=text)]
+    return pb.ToolResult(tool_call_id="call-1", parts=parts)
+
 
 VANISHING_CLIENT = """
 import sys
@@ -465,7 +467,7 @@ def test_a_reader_that_lags_gets_its_text_merged(daemon, other):
     with Connection(daemon.api_socket, "lagging", NARROW) as lagging:
         stream = events(lagging.execute(TURN_ON))
         run_id = first(stream, "tool_calls_issued").run_id
-        other.submit(run_id, BULKY)
+        other.submit(run_id, bulky("The light is on."))
         run = other.end_of(run_id)  # goes on although its reader does not
         assert run.state == run_pb.RUN_STATE_SUCCEEDED
         rest = list(stream)
@@ -475,7 +477,7 @@ def test_a_reader_that_lags_gets_its_text_merged(daemon, other):
 
 
 def test_a_reader_that_reads_nothing_loses_its_run_and_hurts_nobody(engine_store):
-    config = f"runs: {{default_engine: {ENGINE}, slow_reader: 50ms}}\nworker: {{threads: 1}}\n"
+    config = f"runs: {{default_engine: {ENGINE}, slow_reader: 500ms}}\nworker: {{threads: 1}}\n"
     with (
         running_daemon(engine_store, config + PRELOAD) as daemon,
         Connection(daemon.api_socket, "stuck", NARROW) as stuck,
@@ -485,7 +487,8 @@ def test_a_reader_that_reads_nothing_loses_its_run_and_hurts_nobody(engine_store
         stream = stuck.execute(goal("Turn on the light.", tools=[LIGHT_ON], max_tool_calls=4))
         run_id = first(events(stream), "tool_calls_issued").run_id
         theirs = pool.submit(lambda: list(events(other.execute(goal(STORY, max_output_tokens=60)))))
-        other.submit(run_id, BULKY)
+        # The prefill of so many words takes longer than a reader may take.
+        other.submit(run_id, bulky("word " * 1500))
         line = next(
             line
             for count in itertools.count(1)
