@@ -22,6 +22,7 @@ from edge_agent.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    StepFailed,
     Unsupported,
     WorkerError,
 )
@@ -572,6 +573,12 @@ def test_an_error_arrives_as_it_was_raised(error):
 def test_a_retryable_error_says_when():
     assert there_and_back(WorkerError("gone")).retry_after_s == 1.0
     assert there_and_back(NotFound("no")).retry_after_s is None
+
+
+def test_what_a_worker_says_about_a_step_arrives_as_a_wrong_request():
+    got = there_and_back(StepFailed(core.RunError("STEP_FAILED", "too long", retryable=True)))
+    assert (type(got), got.reason, got.message) == (InvalidRequest, "STEP_FAILED", "too long")
+    assert got.retry_after_s == 1.0
 
 
 def test_an_error_without_details_is_still_typed():
