@@ -1,6 +1,12 @@
-"""Small made engines: a recipe of kind `path` with its files, written into a directory."""
+"""Small made engines: a recipe of kind `path` with its files, written into a directory.
+
+And a real one under more than one name.
+"""
 
 import hashlib
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +58,18 @@ def write_engine(directory: Path, files: dict[str, bytes] | None = None, **chang
     recipe = directory / f"{changes.get('name', NAME)}.yaml"
     recipe.write_text(yaml.safe_dump(recipe_data(files) | changes))
     return recipe
+
+
+def copy_engine(installed: Path, store: Path, name: str) -> None:
+    """Install an installed engine, a directory of a store, once more under another name."""
+    target = store / name
+    target.mkdir(parents=True)
+    manifest = json.loads((installed / "manifest.json").read_bytes())
+    for spec in manifest["files"]:
+        file = target / spec["path"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(installed / spec["path"], file)
+        except OSError:  # another file system
+            shutil.copyfile(installed / spec["path"], file)
+    (target / "manifest.json").write_text(json.dumps(manifest | {"name": name}))
