@@ -15,6 +15,7 @@ from edge_agent.core import (
     CancelTool,
     Event,
     Run,
+    RunState,
     StateChanged,
     TextDelta,
     TextPart,
@@ -88,6 +89,7 @@ class _Printer:
         self._streamed = ""  # of the step that is being decided
         self._step = 0
         self._in_line = False
+        self._loading = False
 
     def see(self, event: Event) -> None:
         """Print one event."""
@@ -122,8 +124,8 @@ class _Printer:
             self._in_line = not self._streamed.endswith("\n")
             return
         self._end_line()
-        if isinstance(body, StateChanged) and body.load_progress is not None:
-            _note(f"loading {body.load_progress:.0%}")
+        if isinstance(body, StateChanged):
+            self._tell_loading(body)
         elif isinstance(body, ToolCallsIssued):
             for call in body.tool_calls:
                 _note(f"-> {call.name} {call.arguments_json}")
@@ -132,6 +134,20 @@ class _Printer:
             _note(f"<- {'error: ' if body.result.is_error else ''}{text}")
         elif isinstance(body, CancelTool):
             _note(f"!! stop {body.tool_call_id}: {body.reason.message}")
+
+    def _tell_loading(self, change: StateChanged) -> None:
+        """One line that counts up on a terminal, one remark elsewhere."""
+        if change.state is RunState.LOADING:
+            if sys.stderr.isatty():
+                percent = change.load_progress or 0.0
+                print(f"\rloading the engine {percent:4.0%}", end="", file=sys.stderr, flush=True)
+            elif not self._loading:
+                _note("loading the engine")
+            self._loading = True
+        elif self._loading:
+            self._loading = False
+            if sys.stderr.isatty():
+                _note("")
 
     def _end_line(self) -> None:
         if self._in_line:

@@ -13,7 +13,15 @@ import structlog
 
 from edge_agent import __version__
 from edge_agent.cli.main import COMMANDS, main
-from edge_agent.core import CancelTool, RunError, TextDelta, ToolCall, Usage
+from edge_agent.core import (
+    CancelTool,
+    RunError,
+    RunState,
+    StateChanged,
+    TextDelta,
+    ToolCall,
+    Usage,
+)
 from tests.support.api_ports import EdgeThread
 
 TOOLS = """
@@ -35,6 +43,9 @@ async def light(runs, run_id):
 
 
 async def talk(runs, run_id):
+    for progress in (0.0, 0.5, 1.0):
+        runs.emit(run_id, StateChanged(RunState.LOADING, progress))
+    runs.emit(run_id, StateChanged(RunState.RUNNING))
     runs.emit(run_id, TextDelta(1, "Paris", 1))
     runs.finish(run_id, "Paris")
 
@@ -67,6 +78,15 @@ def test_run_streams_the_answer_to_stdout_and_the_rest_to_stderr(runtime_dir, to
     assert "4 tokens in 0 steps, 8.0 tokens/s, first token after 20 ms" in err
     assert (spec.timeout_s, spec.agent) == (30.0, "edge-agent run")
     assert spec.tools[0].examples[0].arguments_json == '{"on": true}'
+
+
+def test_loading_is_remarked_once_where_nobody_watches(runtime_dir, capfd):
+    with EdgeThread(runtime_dir, talk) as edge:
+        assert main(["run", "hi", "--socket", edge.api]) == 0
+    out, err = capfd.readouterr()
+    assert out == "Paris\n"
+    assert err.splitlines()[0] == "loading the engine"
+    assert err.count("loading") == 1
 
 
 def test_run_without_streaming_prints_the_answer_alone(runtime_dir, capfd):
