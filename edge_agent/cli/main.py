@@ -26,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = arguments[0] if arguments else None
     args = build_parser((asked,) if asked in COMMANDS else COMMANDS).parse_args(arguments)
     try:
-        handler = args.handler if "handler" in args else args.run
-        code = int(handler(args))
+        code = int(args.handler(args))
         sys.stdout.flush()
     except EdgeAgentError as error:
         from edge_agent.cli.output import print_error
