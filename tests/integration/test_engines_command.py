@@ -91,6 +91,9 @@ def test_the_store_is_the_configured_one_else_below_the_state_directory(
     config.parent.mkdir(parents=True)
     config.write_text(f"engines_dir: {tmp_path}/elsewhere\n")
     assert f"no engines in {tmp_path}/elsewhere" in engines("list", **environ).stdout
+    named = tmp_path / "named.yaml"
+    named.write_text(f"engines_dir: {tmp_path}/named\n")
+    assert f"no engines in {tmp_path}/named" in engines("list", "--config", named, **environ).stdout
     config.write_text("engine_dir: /x\n")
     broken = engines("list", **environ)
     assert broken.returncode == 1
