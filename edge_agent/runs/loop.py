@@ -54,7 +54,10 @@ class Steps(Protocol):
         on_text: Callable[[str, int], None],
         on_state: Callable[[RunState, float | None], None],
     ) -> StepResult:
-        """Decide one step; see `scheduling.scheduler.Scheduler.decide`."""
+        """Decide one step; see `scheduling.scheduler.Scheduler.decide`.
+
+        Nothing is told any more once this has returned, raised or been cancelled.
+        """
         ...
 
 
@@ -137,8 +140,9 @@ class RunLoop:
 
     async def _drive(self) -> None:
         spec = self.live.spec
-        if self._ending is not None:  # stopped before it began
-            await self._end(*self._ending)
+        stopped = self._ending
+        if stopped is not None:  # before it began
+            await self._end(*stopped)
             return
         self._driving = True
         try:
@@ -256,17 +260,19 @@ class RunLoop:
         self.live.emit(
             ToolCallsIssued(step, calls), state=RunState.WAITING_TOOL, open_tool_calls=calls
         )
-        results = [await self._result(call, futures[call.id], issued_s) for call in calls]
+        # Shortest first: no wait outlasts the time of a call that is looked at after it.
+        due = sorted(calls, key=self._timeout_s)
+        results = {call.id: await self._result(call, futures[call.id], issued_s) for call in due}
         transcript = self.live.run.transcript + tuple(
             Message(Role.TOOL, result.parts, (), result.tool_call_id, result.is_error)
-            for result in results
+            for result in (results[call.id] for call in calls)
         )
         self.live.update(transcript=transcript)
 
     async def _result(
         self, call: ToolCall, future: "asyncio.Future[ToolResult]", issued_s: float
     ) -> ToolResult:
-        timeout_s = self._tools[call.name].timeout_s or self._settings.tool_timeout_s
+        timeout_s = self._timeout_s(call)
         try:
             async with asyncio.timeout(issued_s + timeout_s - time.monotonic()):
                 return await asyncio.shield(future)
@@ -276,6 +282,9 @@ class RunLoop:
                 reason="TOOL_TIMEOUT",
                 metadata={"tool": call.name, "tool_call_id": call.id, "timeout_s": timeout_s},
             ) from None
+
+    def _timeout_s(self, call: ToolCall) -> float:
+        return self._tools[call.name].timeout_s or self._settings.tool_timeout_s
 
     def _cancel_open_tools(self, error: RunError) -> None:
         if self._open and self.live.state is not RunState.CANCELLING:

@@ -72,6 +72,14 @@ class Step:
         self.outcome.set_exception(error)
 
 
+def _ignore_text(_text: str, _tokens: int) -> None:
+    """Of a step that nobody waits for."""
+
+
+def _ignore_state(_state: RunState, _progress: float | None) -> None:
+    """Of a step that nobody waits for."""
+
+
 class ScriptedEngines:
     """`Engines`: knows one engine, and hands every step of it to the test."""
 
@@ -108,7 +116,10 @@ class ScriptedEngines:
         step = Step(engine, request, on_text, on_state)
         self.steps.append(step)
         self._asked.put_nowait(step)
-        return await step.outcome
+        try:
+            return await step.outcome
+        finally:
+            step.on_text, step.on_state = _ignore_text, _ignore_state
 
     async def next(self) -> Step:
         """The next step that a run asks for, running."""
