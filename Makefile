@@ -12,6 +12,7 @@ UV ?= uv
 BIN := .venv/bin
 ENGINE := smollm2-135m-instruct
 ENGINE_STORE := build/engines
+ROBOT ?= warehouse
 BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 CODE = $(wildcard edge_agent tests benchmarks examples hatch_build.py)
 SCRIPTS = .ci/run $(shell find . \( -name .venv -o -name build -o -name dist \) -prune -o -name '*.sh' -print)
@@ -37,8 +38,8 @@ proto: .venv/.stamp  ## generate edge_agent/v1 where a proto has changed
 engine: setup
 	$(BIN)/edge-agent engines install $(ENGINE) --store $(ENGINE_STORE)
 
-demo: engine  ## a simulated robot gives goals to a daemon of its own
-	$(BIN)/python examples/warehouse_robot.py --start-daemon --engines-dir $(ENGINE_STORE)
+demo: engine  ## a simulated robot gives goals to a daemon of its own (ROBOT=quadruped|arm|ros2_operator)
+	$(BIN)/python examples/robots/show.py --robot $(ROBOT) --start-daemon --engines-dir $(ENGINE_STORE)
 
 test: engine check  ## every check and every test
 	$(BIN)/pytest
