@@ -8,8 +8,8 @@ import dataclasses
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import structlog
 
@@ -75,6 +75,7 @@ class Runs:
         )
         self._active: dict[str, tuple[RunLoop, asyncio.Task[None]]] = {}
         self._recording = asyncio.Lock()
+        self._going_on: set[asyncio.Task[None]] = set()
         self._accepting = True
 
     def create(self, spec: RunSpec, *, client: str, request_id: str) -> Run:
@@ -190,9 +191,11 @@ class Runs:
             stopped += 1
         log.warning("halt_latched", halt=halt.id, scope=scope.value, target=target, stopped=stopped)
         try:
-            await asyncio.wait_for(self._record(), _RECORD_TIMEOUT_S)
-        except (OSError, TimeoutError) as error:
-            log.error("halt_not_recorded", halt=halt.id, error=str(error))
+            await asyncio.wait_for(self._whatever_happens(self._record(halt.id)), _RECORD_TIMEOUT_S)
+        except TimeoutError:
+            log.error("halt_record_late", halt=halt.id, waited_s=_RECORD_TIMEOUT_S)
+            return HaltOutcome(halt, stopped, recorded=False)
+        except OSError:
             return HaltOutcome(halt, stopped, recorded=False)
         return HaltOutcome(halt, stopped, recorded=True)
 
@@ -205,13 +208,12 @@ class Runs:
         """
         self._latch.get(halt_id)
         try:
-            await self._record(without=halt_id)
+            await self._whatever_happens(self._record(halt_id, lift=True))
         except OSError as error:
             message = f"halt {halt_id} stays latched: {error.strerror}"
             raise FailedPrecondition(
                 message, reason="HALT_NOT_RECORDED", metadata={"halt_id": halt_id}
             ) from error
-        self._latch.lift(halt_id)
         log.warning("halt_cleared", halt=halt_id)
 
     def _covered(self, halt: Halt) -> Iterator[RunLoop]:
@@ -222,10 +224,29 @@ class Runs:
             ):
                 yield loop
 
-    async def _record(self, without: str = "") -> None:
+    async def _record(self, halt_id: str, *, lift: bool = False) -> None:
+        """Write the latch to disk, without this Halt if it is lifted; then it is."""
         async with self._recording:
-            halts = tuple(halt for halt in self._latch.halts() if halt.id != without)
-            await asyncio.to_thread(self._latch.record, halts)
+            halts = tuple(halt for halt in self._latch.halts() if not lift or halt.id != halt_id)
+            try:
+                await asyncio.to_thread(self._latch.record, halts)
+            except OSError as error:
+                log.error("halt_not_recorded", halt=halt_id, error=str(error))
+                raise
+            if lift:
+                self._latch.lift(halt_id)
+
+    async def _whatever_happens(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for something that goes on when its caller is gone or waits no longer."""
+        task = asyncio.create_task(work)
+        self._going_on.add(task)
+        task.add_done_callback(self._went_on)
+        await asyncio.shield(task)
+
+    def _went_on(self, task: "asyncio.Task[None]") -> None:
+        self._going_on.discard(task)
+        if not task.cancelled():
+            task.exception()  # retrieved here: nobody may wait for it any more
 
     # --- stopping ---
 
