@@ -92,7 +92,8 @@ class Backend(Protocol):
             sampling: how tokens are drawn.
             stop: texts that end the completion and are not part of it.
             cancel: set from another thread to stop, also during prefill.
-            on_text: told each piece of text, whole characters, and its number of tokens.
+            on_text: told each piece of text, whole characters, and its number of tokens. These
+                add up to the completion's, less those without text (the end, a stop text).
 
         Raises:
             Cancelled: `cancel` was set.

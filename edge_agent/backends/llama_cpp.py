@@ -26,6 +26,8 @@ from edge_agent.engines.manifest import Manifest
 from edge_agent.errors import LoadFailed, StepFailed
 
 _CONNECT_TIMEOUT_S = 5.0
+_CERTAIN = 1000.0
+"""A bias that outweighs every logit."""
 
 
 class _Choice(msgspec.Struct):
@@ -60,6 +62,7 @@ class LlamaCpp:
         self._server: Any = None
         self._socket_dir = ""
         self._listener = _Listener("", "")
+        self._whole_character = 0
 
     def load(
         self,
@@ -88,6 +91,7 @@ class LlamaCpp:
                 f"llama.cpp could not load {manifest.model}: {error}",
                 metadata={"engine": manifest.name, "file": manifest.model, "detail": error},
             ) from error
+        self._whole_character = self.tokenize("a", markers=False)[0]
         progress(1.0)
 
     def version(self) -> str:
@@ -133,14 +137,18 @@ class LlamaCpp:
             body["seed"] = sampling.seed
         if schema_json is not None:
             body["grammar"] = _grammar(schema_json, lead)
+        # A character of several tokens comes in one chunk, so the tokens are counted there.
+        body["timings_per_token"] = True
         last = _Chunk()
+        told = 0
 
         def take(chunk: _Chunk) -> None:
-            nonlocal last
+            nonlocal last, told
             last = chunk
             text = chunk.choices[0].text if chunk.choices else ""
-            if text:
-                on_text(text, 1)
+            if text and chunk.timings is not None:
+                tokens, told = chunk.timings.predicted_n - told, chunk.timings.predicted_n
+                on_text(text, tokens)
 
         self._stream(body, cancel, take)
         if last.timings is None or not last.choices:
@@ -158,6 +166,8 @@ class LlamaCpp:
     ) -> dict[int, float]:
         """One token with its alternatives, from the logits before any grammar."""
         body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0, "logprobs": top}
+        # Nothing is reported after a token that is only part of a character: draw another one.
+        body["logit_bias"] = [[self._whole_character, _CERTAIN]]
         found: dict[int, float] = {}
 
         def take(chunk: _Chunk) -> None:
