@@ -182,6 +182,7 @@ class LlamaCpp:
 
     def close(self) -> None:
         """Join the native loop. What it leaks goes with the process."""
+        self._listener.close()
         self._server = None
         shutil.rmtree(self._socket_dir, ignore_errors=True)
 
@@ -250,38 +251,42 @@ def _grammar(schema_json: str, lead: str) -> str:
 
 
 class _Listener:
-    """The library's own HTTP listener, over its unix socket; one connection a thread."""
+    """The library's own HTTP listener, over its unix socket. Thread-safe."""
 
     def __init__(self, path: str, key: str) -> None:
         self.path = path
         self.key = key
-        self._local = threading.local()
+        self._idle: list[_UnixConnection] = []
 
     def post(self, route: str, body: dict[str, Any]) -> Any:
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         for attempt in (1, 2):
-            connection = self._connection()
+            # The listener closes idle connections; a fresh one tells that from a real fault.
+            connection = _UnixConnection(self.path) if attempt > 1 else self._connection()
             try:
                 connection.request("POST", route, msgspec.json.encode(body), headers)
                 response = connection.getresponse()
                 raw = response.read()
             except (http.client.HTTPException, OSError):
-                # The listener closes idle connections; a fresh one tells that from a real fault.
-                self._local.connection = None
-                if attempt == 2:  # noqa: PLR2004 - the last
+                connection.close()
+                if attempt > 1:
                     raise
                 continue
+            self._idle.append(connection)
             if response.status != http.HTTPStatus.OK:
                 raise _refused(raw.decode(errors="replace"))
             return msgspec.json.decode(raw)
         raise AssertionError("unreachable")
 
-    def _connection(self) -> http.client.HTTPConnection:
-        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = _UnixConnection(self.path)
-            self._local.connection = connection
-        return connection
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+    def _connection(self) -> "_UnixConnection":
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _UnixConnection(self.path)
 
 
 class _UnixConnection(http.client.HTTPConnection):
