@@ -59,6 +59,7 @@ class Arguments:
         """How a daemon with default settings and one thread loads the engine."""
         return {
             "slots": self.manifest().slots,
+            "context_tokens": self.manifest().context_tokens,
             "threads": 1,
             "prefill_batch_tokens": Config().worker.prefill_batch_tokens,
         }

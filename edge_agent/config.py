@@ -95,9 +95,13 @@ class Section(BaseModel):
 
 
 class EngineOverride(Section):
-    """What this machine wants otherwise than an engine's manifest; None: as the manifest says."""
+    """What this machine wants otherwise than an engine's manifest; None: as the manifest says.
+
+    `context_tokens` can only be lowered; this is checked where the manifest is known.
+    """
 
     slots: Annotated[int, Field(ge=1, le=64)] | None = None
+    context_tokens: Annotated[int, Field(ge=256, le=1_048_576)] | None = None
     threads: Threads | None = None
 
 

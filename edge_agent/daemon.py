@@ -17,13 +17,13 @@ import structlog
 from edge_agent import __version__, paths
 from edge_agent.api.ports import RequestLimits
 from edge_agent.api.server import ApiServers
-from edge_agent.config import Config, load_config, needs_restart
+from edge_agent.config import Config, EngineOverride, load_config, needs_restart
 from edge_agent.core import DaemonState, DaemonStatus
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.host import WorkerSettings
 from edge_agent.engines.manifest import Manifest
 from edge_agent.engines.protocol import Options
-from edge_agent.errors import ConfigError, ManifestError
+from edge_agent.errors import ConfigError, FieldViolation, LoadFailed, ManifestError
 from edge_agent.notify import ServiceManager
 from edge_agent.observability import logging
 from edge_agent.runs.halts import HaltLatch
@@ -41,7 +41,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Locations:
-    """Where the daemon reads and writes. `config` None: built-in defaults."""
+    """Where the daemon reads and writes. `config` None: what `default_config_path` finds."""
 
     config: Path | None
     runtime_dir: Path
@@ -51,11 +51,15 @@ class Locations:
 
 @dataclass(slots=True)
 class ConfigFile:
-    """The configuration in force, and why it is not the one in the file, if it is not."""
+    """The configuration in force, and why it is not the one in the file, if it is not.
+
+    `path` None: the built-in defaults.
+    """
 
     locations: Locations
     environ: Mapping[str, str]
     config: Config = field(default_factory=Config)
+    path: Path | None = None
     problem: str = ""
 
     def start(self) -> None:
@@ -74,6 +78,7 @@ class ConfigFile:
                 self.config = self._load(last_good)
             except ConfigError:  # of an older release, say: the file's own errors are what helps
                 raise error from None
+            self.path = last_good
             self.problem = f"running on the last known good configuration: {error.message}"
 
     def reload(self) -> tuple[str, ...]:
@@ -82,14 +87,14 @@ class ConfigFile:
         Raises:
             ConfigError: it is broken; what was in force stays so.
         """
-        path = self.locations.config
         try:
+            path = self.locations.config or paths.default_config_path(self.environ)
             new = self._load(path)
         except ConfigError as error:
             self.problem = f"the configuration was not reloaded: {error.message}"
             raise
         changed = needs_restart(self.config, new)
-        self.config, self.problem = new, ""
+        self.config, self.path, self.problem = new, path, ""
         if path is not None:
             self._keep_last_good(path)
         return changed
@@ -167,7 +172,7 @@ class Daemon:
         """How the daemon is."""
         reasons = self._degraded_reasons()
         state = DaemonState.DEGRADED if reasons else DaemonState.READY
-        path = self._file.locations.config
+        path = self._file.path
         return DaemonStatus(
             version=__version__,
             state=DaemonState.DRAINING if self._draining else state,
@@ -258,10 +263,12 @@ class Daemon:
     def _degraded_reasons(self) -> tuple[str, ...]:
         reasons = [self._file.problem] if self._file.problem else []
         try:
-            broken = self._catalogue.problems()
+            broken, installed = self._catalogue.problems(), self._catalogue.list()
         except ManifestError as error:
             return (*reasons, f"engine store: {error.message}")
-        return (*reasons, *(f"engine {each.name}: {each.description}" for each in broken))
+        reasons += [f"engine {each.name}: {each.description}" for each in broken]
+        wrong = (context_problem(self._file.config, manifest) for manifest in installed)
+        return (*reasons, *(f"{each.field}: {each.description}" for each in wrong if each))
 
     def _installed(self) -> int:
         try:
@@ -290,10 +297,17 @@ def scheduler_settings(config: Config) -> SchedulerSettings:
         )
 
     def options(manifest: Manifest) -> Options:
-        override = config.engines.get(manifest.name)
+        override = config.engines.get(manifest.name, EngineOverride())
+        if problem := context_problem(config, manifest):
+            raise LoadFailed(
+                f"{problem.field}: {problem.description}",
+                reason="CONTEXT_TOO_LONG",
+                metadata={"engine": manifest.name, "context_tokens": manifest.context_tokens},
+            )
         return Options(
-            slots=(override and override.slots) or manifest.slots,
-            threads=(override and override.threads) or worker.threads,
+            slots=override.slots or manifest.slots,
+            context_tokens=override.context_tokens or manifest.context_tokens,
+            threads=override.threads or worker.threads,
             prefill_batch_tokens=worker.prefill_batch_tokens,
             backlog_tokens=worker.backlog_tokens,
             backlog_s=worker.backlog_age_s,
@@ -306,6 +320,17 @@ def scheduler_settings(config: Config) -> SchedulerSettings:
         unload_timeout_s=config.scheduling.unload_timeout_s,
         worker=worker_settings,
         options=options,
+    )
+
+
+def context_problem(config: Config, manifest: Manifest) -> FieldViolation | None:
+    """What is wrong with the context that the configuration wants of an engine; None if nothing."""
+    wanted = config.engines.get(manifest.name, EngineOverride()).context_tokens
+    if wanted is None or wanted <= manifest.context_tokens:
+        return None
+    return FieldViolation(
+        f"engines.{manifest.name}.context_tokens",
+        f"{wanted}, must be at most {manifest.context_tokens}, as in the engine's manifest",
     )
 
 
@@ -354,7 +379,7 @@ def main(
     """
     environ = os.environ
     locations = Locations(
-        config=config_path or paths.default_config_path(environ),
+        config=config_path,
         runtime_dir=runtime_dir or paths.runtime_dir(environ),
         state_dir=state_dir or paths.state_dir(environ),
         engines_dir=engines_dir,

@@ -64,19 +64,18 @@ def engines_dir(configured: Path | None, environ: Mapping[str, str]) -> Path:
 def default_config_path(environ: Mapping[str, str]) -> Path | None:
     """The first configuration file that exists; None means: run with the defaults.
 
-    Looks into `$CONFIGURATION_DIRECTORY`, then `$XDG_CONFIG_HOME/edge-agent` (unset:
-    `~/.config/edge-agent`), then /etc/edge-agent.
+    Looks into `$CONFIGURATION_DIRECTORY`, where that is not set into `$XDG_CONFIG_HOME/edge-agent`
+    (unset: `~/.config/edge-agent`), then into /etc/edge-agent. A service has no business in a home,
+    and may not be able to look into one.
 
     Raises:
         ConfigError: a variable is not absolute, or a directory can't be searched.
     """
-    candidates: list[Path] = []
-    systemd = _first_of(environ, "CONFIGURATION_DIRECTORY")
-    if systemd is not None:
-        candidates.append(systemd / CONFIG_NAME)
-    xdg = _absolute(environ, "XDG_CONFIG_HOME")
-    candidates += [(xdg or _home(environ) / ".config") / APP / CONFIG_NAME, SYSTEM_CONFIG]
-    for path in candidates:
+    first = _first_of(environ, "CONFIGURATION_DIRECTORY")
+    if first is None:
+        xdg = _absolute(environ, "XDG_CONFIG_HOME")
+        first = (xdg or _home(environ) / ".config") / APP
+    for path in (first / CONFIG_NAME, SYSTEM_CONFIG):
         try:
             if path.exists():
                 return path

@@ -16,9 +16,10 @@ from edge_agent.engines.manifest import Manifest
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How to load; `threads` None leaves one core free."""
+    """How to load; each slot has a context of its own, `threads` None leaves one core free."""
 
     slots: int
+    context_tokens: int
     threads: int | None
     prefill_batch_tokens: int
 

@@ -221,7 +221,7 @@ def server_parameters(manifest: Manifest, directory: Path, options: LoadOptions)
 
     params = xllamacpp.CommonParams()
     params.model.path = str(directory / manifest.model)
-    params.n_ctx = manifest.context_tokens * options.slots  # divided among the slots
+    params.n_ctx = options.context_tokens * options.slots  # divided among the slots
     params.n_parallel = options.slots
     threads = options.threads or max(1, len(os.sched_getaffinity(0)) - 1)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads

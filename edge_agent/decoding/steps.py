@@ -43,10 +43,11 @@ _MIN_OUTPUT_TOKENS = 16
 class StepDecoder:
     """Decides steps with one loaded engine. `decide` may be called from many threads."""
 
-    def __init__(self, backend: Backend, manifest: Manifest) -> None:
-        """Decide with `backend`, in the way the manifest says."""
+    def __init__(self, backend: Backend, manifest: Manifest, context_tokens: int) -> None:
+        """Decide with `backend`, loaded for contexts of this size, in the way the manifest says."""
         self._backend = backend
         self._manifest = manifest
+        self._context_tokens = context_tokens
         self._renderer = PromptRenderer(
             manifest, lambda text, markers: backend.tokenize(text, markers=markers)
         )
@@ -99,7 +100,7 @@ class StepDecoder:
 
     def _output_budget(self, prompt_tokens: int, wanted: int | None) -> int:
         """How many tokens may be generated; refuses rather than cuts anything."""
-        context, ceiling = self._manifest.context_tokens, self._manifest.max_output_tokens
+        context, ceiling = self._context_tokens, self._manifest.max_output_tokens
         numbers = {
             "prompt_tokens": str(prompt_tokens),
             "context_tokens": str(context),

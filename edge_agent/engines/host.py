@@ -65,6 +65,7 @@ class EngineHost:
         """Nothing runs yet; call `start`."""
         self.manifest = manifest
         self.slots = 0
+        self.context_tokens = manifest.context_tokens
         self.load_s: float | None = None
         self.lost: asyncio.Future[WorkerError] = asyncio.get_running_loop().create_future()
         self._settings = settings
@@ -98,6 +99,7 @@ class EngineHost:
             LoadFailed: the worker's own words, or that its process ended.
         """
         self._on_progress = on_progress
+        self.context_tokens = options.context_tokens
         ours, theirs = socket.socketpair()
         try:
             await self._spawn(theirs)

@@ -23,6 +23,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How to load an engine; chosen by the daemon, not by the manifest."""
 
     slots: int
+    context_tokens: int
     threads: int | None
     prefill_batch_tokens: int
     backlog_tokens: int

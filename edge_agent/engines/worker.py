@@ -82,7 +82,12 @@ class Worker:
             backend.load(
                 load.manifest,
                 Path(load.directory),
-                LoadOptions(options.slots, options.threads, options.prefill_batch_tokens),
+                LoadOptions(
+                    slots=options.slots,
+                    context_tokens=options.context_tokens,
+                    threads=options.threads,
+                    prefill_batch_tokens=options.prefill_batch_tokens,
+                ),
                 lambda fraction: self._outbox.message(protocol.Loading(fraction)),
             )
         except EdgeAgentError as error:
@@ -92,7 +97,7 @@ class Worker:
             text = f"{type(error).__name__}: {error}"
             self._outbox.message(protocol.Refused(RunError("ENGINE_LOAD_FAILED", text)))
             return
-        self._decoder = StepDecoder(backend, load.manifest)
+        self._decoder = StepDecoder(backend, load.manifest, options.context_tokens)
         load_s = time.monotonic() - started_s
         self._outbox.message(protocol.Ready(options.slots, load_s, backend.version()))
 

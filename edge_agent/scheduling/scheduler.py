@@ -371,7 +371,7 @@ class Scheduler:
             digest=manifests.digest(manifest),
             backend=manifest.backend.name,
             state=state,
-            context_tokens=manifest.context_tokens,
+            context_tokens=(loaded.host if loaded else manifest).context_tokens,
             max_output_tokens=manifest.max_output_tokens,
             load_peak_bytes=manifest.memory.load_peak_bytes,
             steady_bytes=manifest.memory.steady_bytes,

@@ -364,6 +364,19 @@ def test_a_broken_configuration_starts_degraded_on_the_last_good_one(engine_stor
             assert Problem(refused.value).fields == {"spec.limits.max_steps": "4 is not in 1 to 3"}
 
 
+def test_a_file_made_after_the_start_is_found_by_a_reload(tmp_path, engine_store):
+    places = {"CONFIGURATION_DIRECTORY": str(tmp_path)}
+    with running_daemon(engine_store, None, places) as daemon, Connection(daemon.api_socket) as client:
+        assert status(client).config_path == ""
+        (tmp_path / "config.yaml").write_text("runs: {max_steps: 3}\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.wait_for("config_reloaded")
+        assert status(client).config_path == str(tmp_path / "config.yaml")
+        with pytest.raises(grpc.RpcError) as refused:
+            client.create(goal("Hello?", max_steps=4))
+        assert Problem(refused.value).fields == {"spec.limits.max_steps": "4 is not in 1 to 3"}
+
+
 def test_a_half_installed_engine_degrades_and_stops_nothing(tmp_path):
     (tmp_path / "half").mkdir()
     with running_daemon(tmp_path) as daemon, Connection(daemon.api_socket) as client:

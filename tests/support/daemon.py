@@ -22,11 +22,13 @@ class DaemonProcess:
     """`edge-agent serve`, its sockets, and its log as it grows."""
 
     def __init__(
-        self, directory: Path, engine_store: Path, config: str, environ: Mapping[str, str]
+        self, directory: Path, engine_store: Path, config: str | None, environ: Mapping[str, str]
     ) -> None:
         self.directory = directory
         self.config_path = directory / "config.yaml"
-        self.config_path.write_text(config)
+        self._is_config_named = config is not None
+        if config is not None:
+            self.config_path.write_text(config)
         self.api_socket = directory / "run" / "api.sock"
         self.admin_socket = directory / "run" / "admin.sock"
         self.state_dir = directory / "state"
@@ -42,7 +44,7 @@ class DaemonProcess:
         """What starts it."""
         return [
             sys.executable, "-m", "edge_agent", "serve",
-            "--config", str(self.config_path),
+            *(("--config", str(self.config_path)) if self._is_config_named else ()),
             "--runtime-dir", str(self.directory / "run"),
             "--state-dir", str(self.state_dir),
             "--engines-dir", str(self.engine_store),
@@ -120,12 +122,15 @@ class DaemonProcess:
 @contextlib.contextmanager
 def running_daemon(
     engine_store: Path,
-    config: str = BASE_CONFIG,
+    config: str | None = BASE_CONFIG,
     environ: Mapping[str, str] | None = None,
     *,
     ready: bool = True,
 ) -> Iterator[DaemonProcess]:
-    """A daemon that is READY, killed at the end whatever happened."""
+    """A daemon that is READY, killed at the end whatever happened.
+
+    `config` None: it is told of no file, and looks for one itself.
+    """
     with tempfile.TemporaryDirectory(prefix="ea-") as directory:  # short: socket paths are bounded
         daemon = DaemonProcess(Path(directory), engine_store, config, environ or {})
         try:

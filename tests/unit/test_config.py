@@ -60,13 +60,16 @@ class TestExample:
         text = paths.example_config().read_text()
         text = text.replace("engines: {}", "engines:").replace("python: {}", "python:")
         text = re.sub(r"^( *)#   (\S+:( .*)?)$", r"\1    \2", text, flags=re.MULTILINE)
-        text = re.sub(r"^( *)#     (slots|threads)", r"\1      \2", text, flags=re.MULTILINE)
+        text = re.sub(
+            r"^( *)#     (slots|context_tokens|threads)", r"\1      \2", text, flags=re.MULTILINE
+        )
         # examples stand before their key: move them behind it
         for key in ("engines", "  python"):
             examples = rf"((?:^    .*\n|^      .*\n)+)(^{key}:\n)"
             text = re.sub(examples, r"\2\1", text, flags=re.MULTILINE)
         config = parse_config(text, "example with its examples")
         assert config.engines["smollm2-135m-instruct"].slots == 2
+        assert config.engines["smollm2-135m-instruct"].context_tokens == 2048
         assert config.worker.python["llama_cpp"].name == "python"
 
     def test_each_stated_range_is_the_one_in_code(self):
@@ -140,6 +143,11 @@ shutdown: {grace: 0s}
             ("engines: {'a/b': {}}", "engines.a/b", "'a/b', must match"),
             ("engines: {a: {threads: 0}}", "engines.a.threads", "0, must be at least 1"),
             ("engines: {a: {slots: 65}}", "engines.a.slots", "65, must be at most 64"),
+            (
+                "engines: {a: {context_tokens: 255}}",
+                "engines.a.context_tokens",
+                "255, must be at least 256",
+            ),
             ("runs: {max_steps: 8.0}", "runs.max_steps", "8.0, must be a whole number"),
             ("runs: {max_steps: '8'}", "runs.max_steps", "'8', must be a whole number"),
             ("runs: {max_steps: true}", "runs.max_steps", "true, must be a whole number"),
@@ -431,7 +439,8 @@ class TestPaths:
 
     def test_the_first_configuration_file_that_exists(self, tmp_path: Path):
         unit, xdg, home = tmp_path / "unit", tmp_path / "xdg", tmp_path / "home"
-        environ = {"CONFIGURATION_DIRECTORY": str(unit), "HOME": str(home)}
+        environ = {"HOME": str(home)}
+        service = environ | {"CONFIGURATION_DIRECTORY": str(unit)}
         if not paths.SYSTEM_CONFIG.exists():
             assert paths.default_config_path(environ) is None
         in_home = home / ".config/edge-agent/config.yaml"
@@ -442,9 +451,10 @@ class TestPaths:
         in_xdg.parent.mkdir(parents=True)
         in_xdg.touch()
         assert paths.default_config_path(environ | {"XDG_CONFIG_HOME": str(xdg)}) == in_xdg
+        assert paths.default_config_path(service) not in {in_home, in_xdg}
         unit.mkdir()
         (unit / "config.yaml").touch()
-        assert paths.default_config_path(environ) == unit / "config.yaml"
+        assert paths.default_config_path(service) == unit / "config.yaml"
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may search every directory")
     def test_a_directory_that_cannot_be_searched_is_not_taken_for_an_absent_file(

@@ -75,7 +75,12 @@ def manifest() -> Manifest:
 
 
 OPTIONS = protocol.Options(
-    slots=2, threads=None, prefill_batch_tokens=256, backlog_tokens=64, backlog_s=2.5
+    slots=2,
+    context_tokens=1024,
+    threads=None,
+    prefill_batch_tokens=256,
+    backlog_tokens=64,
+    backlog_s=2.5,
 )
 TO_WORKER = st.one_of(
     st.just(protocol.Load(protocol.PROTOCOL_VERSION, manifest(), "/engines/tiny", OPTIONS)),
