@@ -366,7 +366,10 @@ def test_a_broken_configuration_starts_degraded_on_the_last_good_one(engine_stor
 
 def test_a_file_made_after_the_start_is_found_by_a_reload(tmp_path, engine_store):
     places = {"CONFIGURATION_DIRECTORY": str(tmp_path)}
-    with running_daemon(engine_store, None, places) as daemon, Connection(daemon.api_socket) as client:
+    with (
+        running_daemon(engine_store, None, places) as daemon,
+        Connection(daemon.api_socket) as client,
+    ):
         assert status(client).config_path == ""
         (tmp_path / "config.yaml").write_text("runs: {max_steps: 3}\n")
         daemon.process.send_signal(signal.SIGHUP)
