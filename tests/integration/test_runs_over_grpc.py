@@ -355,17 +355,17 @@ def test_an_unknown_run_is_not_found(client):
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(client):
-    run = ended(events(client.execute(goal("word " * 3000))))
+    run = ended(events(client.execute(goal("word " * 5000))))
     assert (run.state, run.error.reason) == (run_pb.RUN_STATE_FAILED, "PROMPT_TOO_LONG")
     assert not run.error.retryable
-    assert 3000 < int(run.error.metadata["prompt_tokens"]) < 3100
-    assert run.error.metadata["context_tokens"] == "2048"
+    assert 5000 < int(run.error.metadata["prompt_tokens"]) < 5100
+    assert run.error.metadata["context_tokens"] == "4096"
     assert run.error.metadata["prompt_tokens"] in run.error.message
     assert run.usage.prompt_tokens == 0  # nothing was decoded
 
 
 def test_a_prompt_that_leaves_no_room_for_the_wanted_output_is_refused(client):
-    run = ended(events(client.execute(goal("word " * 1500, max_output_tokens=1000))))
+    run = ended(events(client.execute(goal("word " * 3500, max_output_tokens=1000))))
     assert run.error.reason == "PROMPT_TOO_LONG"
     assert run.error.metadata["max_output_tokens"] == "1000"
 
