@@ -31,6 +31,7 @@ _OUTPUT_LINE_BYTES = 4096
 _OURS_ALONE = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "CREDENTIALS_DIRECTORY"}
 """What the service manager gives to the daemon: no worker speaks for it or reads its keys."""
 _LOAD_POLL_S = 0.1
+_LAST_WORDS_S = 1.0
 _ALMOST_LOADED = 0.99
 """The most that reading files can show; only the worker knows when the engine is loaded."""
 
@@ -103,6 +104,9 @@ class EngineHost:
         ours, theirs = socket.socketpair()
         try:
             await self._spawn(theirs)
+        except BaseException:
+            ours.close()
+            raise
         finally:
             theirs.close()
         await asyncio.get_running_loop().create_connection(lambda: self._channel, sock=ours)
@@ -179,6 +183,8 @@ class EngineHost:
                     process.kill()
                 await self._prove_gone(process, timeout_s / 2)
         self._channel.close()
+        if self._tasks:  # the first reads the output: a process's last words tell the most
+            await asyncio.wait(self._tasks[:1], timeout=_LAST_WORDS_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -264,10 +270,19 @@ class EngineHost:
         process = self._process
         if process is None or process.stdout is None:
             return
+        rest = b""
         while chunk := await process.stdout.read(_OUTPUT_LINE_BYTES):
-            for line in chunk.decode(errors="replace").splitlines():
-                if line.strip():
-                    log.info("worker_output", engine=self.manifest.name, pid=self.pid, line=line)
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) >= _OUTPUT_LINE_BYTES:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                self._log_output(line)
+        self._log_output(rest)
+
+    def _log_output(self, raw: bytes) -> None:
+        line = raw.decode(errors="replace").rstrip()
+        if line:
+            log.info("worker_output", engine=self.manifest.name, pid=self.pid, line=line)
 
     async def _watch_load(self) -> None:
         """How much of the engine's files the worker has read: its library may tell nothing."""

@@ -90,6 +90,7 @@ class Worker:
                 ),
                 lambda fraction: self._outbox.message(protocol.Loading(fraction)),
             )
+            version = backend.version()
         except EdgeAgentError as error:
             self._outbox.message(protocol.Refused(error.as_run_error()))
             return
@@ -99,7 +100,7 @@ class Worker:
             return
         self._decoder = StepDecoder(backend, load.manifest, options.context_tokens)
         load_s = time.monotonic() - started_s
-        self._outbox.message(protocol.Ready(options.slots, load_s, backend.version()))
+        self._outbox.message(protocol.Ready(options.slots, load_s, version))
 
     def _decide(self, message: protocol.Generate, cancel: threading.Event) -> None:
         sequence, outbox = message.sequence, self._outbox

@@ -430,7 +430,7 @@ class TestRefusals:
     def test_a_prompt_beyond_the_context_fails_the_step_and_not_the_engine(self, loaded: Loaded):
         word = loaded.backend.tokenize(" word", markers=False)
         with pytest.raises(StepFailed, match="context"):
-            loaded.complete(word * (loaded.manifest.context_tokens + 1))
+            loaded.complete(word * (OPTIONS.context_tokens + 1))
         assert loaded.complete(loaded.prompt("Hello"), max_tokens=2).text
 
 
