@@ -15,7 +15,7 @@ from edge_agent.wakeup import Wakeup
 
 @dataclass(slots=True)
 class LoadedEngine:
-    """`active` counts the steps that hold a place, `waiting` those that want one.
+    """`active` counts the steps that hold a place.
 
     `on_change` is told whatever a watcher of engines sees.
     """
@@ -26,24 +26,33 @@ class LoadedEngine:
     progress: float | None = None
     error: RunError | None = None
     active: int = 0
-    waiting: int = 0
     last_used_s: float = field(default_factory=time.monotonic)
     _changed: Wakeup = field(default_factory=Wakeup)
+    _queue: list[object] = field(default_factory=list)
+
+    @property
+    def waiting(self) -> int:
+        """Steps that want a place."""
+        return len(self._queue)
 
     async def take_place(self) -> bool:
         """Wait for a place, first come first served; False when the engine takes no more steps."""
-        self.waiting += 1
+        ticket = object()
+        self._queue.append(ticket)
         self.on_change()
         try:
-            while self.state is EngineState.READY and self.active >= self.host.slots:
+            while self.state is EngineState.READY and not self._may_enter(ticket):
                 await asyncio.shield(self._changed.next())
+            if self.state is not EngineState.READY:
+                return False
+            self.active += 1
+            return True
         finally:
-            self.waiting -= 1
-            self.on_change()
-        if self.state is not EngineState.READY:
-            return False
-        self.active += 1
-        return True
+            self._queue.remove(ticket)
+            self._tell()  # the next one may be first now
+
+    def _may_enter(self, ticket: object) -> bool:
+        return self._queue[0] is ticket and self.active < self.host.slots
 
     def give_place(self) -> None:
         """A step's place is free again."""
