@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test check lint-units bench wheel lock proto clean
+.PHONY: help setup engine demo test check lint-units bench wheel lock proto docs clean
 
 PYTHON ?= python3
 UV ?= uv
@@ -14,8 +14,8 @@ ENGINE := smollm2-135m-instruct
 ENGINE_STORE := build/engines
 ROBOT ?= warehouse
 BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
-CODE = $(wildcard edge_agent tests benchmarks examples hatch_build.py)
-SCRIPTS = .ci/run $(shell find . \( -name .venv -o -name build -o -name dist \) -prune -o -name '*.sh' -print)
+CODE = $(wildcard edge_agent tests benchmarks examples docs hatch_build.py)
+SCRIPTS = .ci/run $(shell find . \( -name .venv -o -name build -o -name dist -o -name node_modules \) -prune -o -name '*.sh' -print)
 SHELLCHECK = $(or $(wildcard $(BIN)/shellcheck),$(shell command -v shellcheck),@echo "no shellcheck here, unchecked:")
 UNITS = $(wildcard systemd/*.service systemd/*.socket)
 
@@ -34,6 +34,9 @@ setup: .venv/.stamp proto  ## the locked environment in .venv, generated code, a
 
 proto: .venv/.stamp  ## generate edge_agent/v1 where a proto has changed
 	@$(BIN)/python hatch_build.py
+
+docs: setup  ## write docs/api.md anew from the protos and docs/api.yaml
+	$(BIN)/python docs/generate_api.py
 
 engine: setup
 	$(BIN)/edge-agent engines install $(ENGINE) --store $(ENGINE_STORE)
