@@ -39,7 +39,7 @@ from edge_agent.strict_yaml import (
 )
 from edge_agent.units import format_duration, format_size, parse_duration, parse_size
 
-RESTART_KEYS: Final = ("engines_dir", "preload", "log.format", "runs.max_request_size")
+RESTART_KEYS: Final = ("engines_dir", "preload", "log.format")
 """Keys that only take effect at the next start; a reload changes all others.
 
 What is below `worker` and `engines` holds for engines that are loaded from then on.

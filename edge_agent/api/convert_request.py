@@ -5,9 +5,8 @@ fills in the defaults. Never asks the owners of runs or engines anything.
 """
 
 import re
-from collections.abc import Iterable, Sequence
-
-from google.protobuf.message import Message as ProtoMessage
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from edge_agent.api.ports import RequestLimits
 from edge_agent.api.validation import MAX_NAME_BYTES, Violations, shown
@@ -27,7 +26,6 @@ from edge_agent.core import (
     ToolExample,
     ToolResult,
 )
-from edge_agent.errors import InvalidRequest
 from edge_agent.v1 import run_service_pb2, types_pb2
 
 NO_ARGUMENTS = '{"type":"object","properties":{},"additionalProperties":false}'
@@ -35,7 +33,12 @@ DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 MAX_HALT_REASON_BYTES = 256
 MAX_TOKEN_BYTES = 256
+MAX_ITEMS = 4096
+"""Messages, parts and calls, or results and parts, in one request: each costs the loop some time,
+and a request of 4 MiB has room for a million."""
+MAX_EXAMPLES = 16
 _MAX_UINT32 = 2**32 - 1
+_GRAMMAR_OPTIONS = "x-guidance"
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _ROLES = {
     types_pb2.ROLE_SYSTEM: Role.SYSTEM,
@@ -43,22 +46,11 @@ _ROLES = {
     types_pb2.ROLE_ASSISTANT: Role.ASSISTANT,
     types_pb2.ROLE_TOOL: Role.TOOL,
 }
+T = TypeVar("T")
 _STATES = {value: RunState[name[10:]] for name, value in run_service_pb2.RunState.items() if value}
 _SCOPES = {
     value: HaltScope[name[11:]] for name, value in run_service_pb2.HaltScope.items() if value
 }
-
-
-def check_size(request: ProtoMessage, limits: RequestLimits) -> None:
-    """Refuse a message above the configured size, with both numbers."""
-    size = request.ByteSize()
-    if size > limits.max_request_bytes:
-        raise InvalidRequest(
-            f"the request has {size} bytes, at most {limits.max_request_bytes} allowed "
-            "(runs.max_request_size)",
-            reason="REQUEST_TOO_LARGE",
-            metadata={"size_bytes": size, "limit_bytes": limits.max_request_bytes},
-        )
 
 
 def run_request(
@@ -93,6 +85,9 @@ def tool_results(
     found = Violations()
     if not results:
         found.add(prefix, "is empty, at least 1 result expected")
+    items = _count(results, lambda result: len(result.parts))
+    if not found.count(prefix, items, MAX_ITEMS, "results and parts in all"):
+        found.raise_if_any()
     seen: set[str] = set()
     for index, result in enumerate(results):
         path = f"{prefix}[{index}]"
@@ -131,9 +126,10 @@ def page(
 ) -> tuple[frozenset[RunState], int, str]:
     """States, page size and page token of a listing. Raises InvalidRequest."""
     found = Violations()
-    for index, state in enumerate(request.states):
-        if state not in _STATES:
-            found.add(f"states[{index}]", f"{state} is no state")
+    if found.count("states", len(request.states), len(_STATES), "states"):
+        for index, state in enumerate(request.states):
+            if state not in _STATES:
+                found.add(f"states[{index}]", f"{state} is no state")
     found.number("page_size", request.page_size, 0, MAX_PAGE_SIZE)
     found.text("page_token", request.page_token, max_bytes=MAX_TOKEN_BYTES)
     found.raise_if_any()
@@ -175,20 +171,45 @@ def _spec(
     found.text(f"{path}.engine", spec.engine, max_bytes=MAX_NAME_BYTES)
     found.text(f"{path}.agent", spec.agent, max_bytes=MAX_NAME_BYTES)
     if spec.output_schema_json:
-        found.json_object(f"{path}.output_schema_json", spec.output_schema_json)
+        _schema(spec.output_schema_json, found, f"{path}.output_schema_json")
     timeout_s = None
     if spec.HasField("timeout"):
         timeout_s = found.duration_s(f"{path}.timeout", spec.timeout, limits.max_timeout_s)
+    messages = _messages(spec.messages, found, f"{path}.messages")
+    tools = _tools(spec.tools, limits, found, f"{path}.tools")
+    if len(tools) == len(spec.tools):
+        _known_tools(messages, tools, found, f"{path}.messages")
     return RunSpec(
-        messages=_messages(spec.messages, found, f"{path}.messages"),
+        messages=messages,
         engine=engine,
         limits=_limits(spec.limits, limits, found, f"{path}.limits"),
         timeout_s=limits.timeout_s if timeout_s is None else timeout_s,
-        tools=_tools(spec.tools, limits, found, f"{path}.tools"),
+        tools=tools,
         output_schema_json=spec.output_schema_json,
         sampling=_sampling(spec.sampling, found, f"{path}.sampling"),
         agent=spec.agent,
     )
+
+
+def _known_tools(
+    messages: Sequence[Message], tools: Sequence[Tool], found: Violations, path: str
+) -> None:
+    """That the calls of earlier turns are of tools that the model will see."""
+    names = {tool.name for tool in tools}
+    known = ", ".join(sorted(names)) or "it has none"
+    for index, message in enumerate(messages):
+        for number, call in enumerate(message.tool_calls):
+            if call.name not in names and _TOOL_NAME.fullmatch(call.name):
+                at = f"{path}[{index}].tool_calls[{number}].name"
+                found.add(at, f"{shown(call.name)} is no tool of this run: {known}")
+
+
+def _schema(text: str, found: Violations, path: str) -> dict[str, object] | None:
+    """A JSON object that does not tell the grammar engine what to overlook."""
+    schema = found.json_object(path, text)
+    if schema is not None and _GRAMMAR_OPTIONS in schema:
+        found.add(path, f'"{_GRAMMAR_OPTIONS}" is the daemon\'s own, leave it out')
+    return schema
 
 
 def _limits(asked: types_pb2.Limits, limits: RequestLimits, found: Violations, path: str) -> Limits:
@@ -246,10 +267,12 @@ def _tool(tool: types_pb2.Tool, found: Violations, path: str) -> Tool:
     found.text(f"{path}.description", tool.description)
     if tool.input_schema_json:
         at = f"{path}.input_schema_json"
-        schema = found.json_object(at, tool.input_schema_json)
+        schema = _schema(tool.input_schema_json, found, at)
         if schema is not None and schema.get("type") != "object":
             found.add(at, f'{shown(tool.input_schema_json)} must have "type": "object"')
-    for index, example in enumerate(tool.examples):
+    few = found.count(f"{path}.examples", len(tool.examples), MAX_EXAMPLES, "examples")
+    examples = tool.examples if few else ()
+    for index, example in enumerate(examples):
         at = f"{path}.examples[{index}]"
         found.text(f"{at}.goal", example.goal)
         found.text(f"{at}.result", example.result)
@@ -263,7 +286,7 @@ def _tool(tool: types_pb2.Tool, found: Violations, path: str) -> Tool:
         name=tool.name,
         description=tool.description,
         input_schema_json=tool.input_schema_json or NO_ARGUMENTS,
-        examples=tuple(ToolExample(e.goal, e.arguments_json, e.result) for e in tool.examples),
+        examples=tuple(ToolExample(e.goal, e.arguments_json, e.result) for e in examples),
         timeout_s=timeout_s,
         valid_for_s=valid_for_s,
     )
@@ -274,6 +297,9 @@ def _messages(
 ) -> tuple[Message, ...]:
     if not messages:
         found.add(path, "is empty, at least 1 message expected")
+        return ()
+    items = _count(messages, lambda message: len(message.parts) + len(message.tool_calls))
+    if not found.count(path, items, MAX_ITEMS, "messages, parts and tool calls in all"):
         return ()
     converted: list[Message] = []
     unanswered: dict[str, bool] = {}
@@ -349,13 +375,20 @@ def _content(message: types_pb2.Message, role: Role, found: Violations, path: st
         found.add(f"{path}.parts", "has no text")
 
 
+def _count(values: Sequence[T], below: Callable[[T], int]) -> int:
+    """How many there are with what is below them, counted no further than needed to refuse."""
+    number = len(values)
+    return number if number > MAX_ITEMS else number + sum(map(below, values))
+
+
 def _result_parts(
     parts: Sequence[types_pb2.Part], limits: RequestLimits, found: Violations, path: str
 ) -> tuple[Part, ...]:
     size = sum(len(part.text.encode()) for part in parts)
     if size > limits.max_tool_result_bytes:
         limit = limits.max_tool_result_bytes
-        found.add(path, f"{size} bytes of text, at most {limit} allowed")
+        where = "(runs.max_tool_result_size)"
+        found.add(path, f"{size} bytes of text, at most {limit} allowed {where}")
     return _parts(parts, found, path)
 
 

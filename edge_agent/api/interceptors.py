@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 import grpc
 import structlog
 
-from edge_agent.api.convert_request import check_size
 from edge_agent.api.errors import Context, abort, internal_error
 from edge_agent.api.ports import RequestLimits
+from edge_agent.api.receiving import Deserialize, Received, receive
 from edge_agent.errors import EdgeAgentError, InvalidRequest, PermissionDenied
 
 CLIENT_KEY = "edge-agent-client"
@@ -99,27 +99,36 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return wrapped
 
     def _wrap(self, method: str, handler: Any) -> _Handler:
-        """A handler of the same arity around this one."""
-        coding = (handler.request_deserializer, handler.response_serializer)
+        """A handler of the same arity around this one. It gets bytes: errors in them are ours."""
+        take, coding = handler.request_deserializer, (None, handler.response_serializer)
         if handler.unary_unary:
-            behaviour = self._guarded(method, handler.unary_unary, sized=True)
+            behaviour = self._guarded(method, handler.unary_unary, take)
             return grpc.unary_unary_rpc_method_handler(behaviour, *coding)
         if handler.unary_stream:
-            behaviour = self._guarded(method, _written(handler.unary_stream), sized=True)
+            behaviour = self._guarded(method, _written(handler.unary_stream), take)
             return grpc.unary_stream_rpc_method_handler(behaviour, *coding)
-        behaviour = self._guarded(method, _written(handler.stream_stream), sized=False)
+        behaviour = self._guarded(method, _written(handler.stream_stream), take, streams=True)
         return grpc.stream_stream_rpc_method_handler(behaviour, *coding)
 
-    def _guarded(self, method: str, behaviour: _Behaviour, *, sized: bool) -> _Behaviour:
+    def _guarded(
+        self, method: str, behaviour: _Behaviour, take: Deserialize, *, streams: bool = False
+    ) -> _Behaviour:
         """`behaviour` with everything that a call passes through around it."""
 
-        async def call(request: Any, context: Context) -> Any:
+        def limit_bytes() -> int:
+            return self._limits().max_request_bytes
+
+        async def call(raw: Any, context: Context) -> Any:
             started_s = time.monotonic()
             client, problem = _client_of(context.invocation_metadata())
             info = CallInfo(method, client, self._admin, os.urandom(6).hex())
             _current.set(info)
             try:
-                self._admit(method, problem, request if sized else None)
+                self._admit(method, problem)
+                if streams:
+                    request = Received(raw, take, limit_bytes)
+                else:
+                    request = receive(raw, take, limit_bytes())
                 response = await behaviour(request, context)
             except asyncio.CancelledError:
                 _log_finished(info, started_s, "CANCELLED", None)
@@ -141,14 +150,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _admit(self, method: str, problem: EdgeAgentError | None, request: Any) -> None:
+    def _admit(self, method: str, problem: EdgeAgentError | None) -> None:
         """Raise what speaks against a call before its handler sees it."""
         if problem is not None:
             raise problem
         if method in ADMIN_ONLY and not self._admin:
             raise admin_socket_required(method)
-        if request is not None:
-            check_size(request, self._limits())
 
 
 def _log_finished(info: CallInfo, started_s: float, code: str, reason: str | None) -> None:
@@ -169,6 +176,9 @@ def _written(behaviour: _Behaviour) -> _Behaviour:
     """A streaming handler as a coroutine, also where it is an async generator (reflection)."""
 
     async def write_all(request: Any, context: Context) -> None:
+        # By itself: gRPC would send it with the first message, and where that write is cancelled
+        # it could not end the call any more, so that the caller waited for ever.
+        await context.send_initial_metadata(())
         responses = behaviour(request, context)
         if hasattr(responses, "__aiter__"):
             async for response in responses:

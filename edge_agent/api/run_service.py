@@ -53,7 +53,6 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("kind") != "start":
             raise InvalidRequest.field("start", "is missing, the first message starts the run")
-        convert_request.check_size(first, self._limits())
         run = self._create(first.start, "start.")
         with _RunOfStream(self._runs, run, first.start.on_disconnect) as stream:
             try:
@@ -144,13 +143,11 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
     async def _take_results(self, run_id: str, requests: AsyncIterator[pb.ConverseRequest]) -> None:
         """Hand in what a conversation's caller sends, until it sends no more."""
         async for request in requests:
-            limits = self._limits()
-            convert_request.check_size(request, limits)
             if request.WhichOneof("kind") != "tool_results":
                 problem = "is missing, only the first message is another"
                 raise InvalidRequest.field("tool_results", problem)
             results = convert_request.tool_results(
-                request.tool_results.results, limits, "tool_results.results"
+                request.tool_results.results, self._limits(), "tool_results.results"
             )
             for result in results:
                 self._take_result(run_id, result)

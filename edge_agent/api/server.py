@@ -42,9 +42,17 @@ SERVICES: tuple[str, ...] = (
 )
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path of unix(7), without the NUL at its end."""
-_TRANSPORT_SLACK_BYTES = 1 << 20
-"""What gRPC accepts beyond max_request_size, so that our own refusal, with details, comes first."""
+MAX_MESSAGE_BYTES = 64 << 20
+"""Above this gRPC itself refuses, without details. Far above max_request_size (32 MiB at most), so
+that our own refusal comes first; a bound all the same, since gRPC holds a message whole."""
 _MIN_PING_INTERVAL_MS = 10_000
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Callers may ping idle connections; gRPC's default takes that for abuse and hangs up.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
+    ("grpc.http2.max_ping_strikes", 0),
+]
 
 
 class ApiServers:
@@ -128,7 +136,7 @@ class ApiServers:
     def _build(self, *, admin: bool) -> grpc.aio.Server:
         server = grpc.aio.server(
             interceptors=[CallInterceptor(admin=admin, limits=self._limits)],
-            options=_options(self._limits().max_request_bytes),
+            options=_OPTIONS,
         )
         # The generated functions are typed for gRPC's sync server; the aio one is as good.
         target: Any = server
@@ -139,16 +147,6 @@ class ApiServers:
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         return server
-
-
-def _options(max_request_bytes: int) -> list[tuple[str, int]]:
-    return [
-        ("grpc.max_receive_message_length", max_request_bytes + _TRANSPORT_SLACK_BYTES),
-        # Callers may ping idle connections; gRPC's default takes that for abuse and hangs up.
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
-        ("grpc.http2.max_ping_strikes", 0),
-    ]
 
 
 def _check_length(path: Path) -> None:

@@ -6,17 +6,30 @@ not what a run is.
 
 import json
 import math
+import re
+from itertools import accumulate
 
 from google.protobuf.duration_pb2 import Duration
 
 from edge_agent.errors import FieldViolation, InvalidRequest, Unsupported
 
 MAX_JSON_DEPTH = 64
+MAX_JSON_CHARACTERS = 1 << 20
+MAX_JSON_BRACKETS = 1 << 16
+"""Of all JSON in one request, like the characters: reading it may not hold up the daemon's loop."""
 SHOWN_CHARACTERS = 64
 MAX_NAME_BYTES = 64
 _MAX_DURATION_S = 315_576_000_000
 """Of google.protobuf.Duration: 10,000 years."""
 _NANOS = 1_000_000_000
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_NO_BRACKET = re.compile(r"[^][{}]+")
+_STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
+_ESCAPE = re.compile(
+    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # a whole pair
+    r"|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|(?P<nul>u0000)|.)",
+    re.DOTALL,
+)
 
 
 class Violations:
@@ -25,6 +38,8 @@ class Violations:
     def __init__(self) -> None:
         self._found: list[FieldViolation] = []
         self._unsupported: list[str] = []
+        self._json_characters = 0
+        self._json_brackets = 0
 
     def add(self, path: str, description: str) -> None:
         """Note that the field at `path` is wrong."""
@@ -67,6 +82,12 @@ class Violations:
             self.add(path, "is empty")
         self.text(path, value, max_bytes=MAX_NAME_BYTES)
 
+    def count(self, path: str, found: int, most: int, what: str) -> bool:
+        """Refuse more than `most` of something; whether they are few enough to look at each."""
+        if found > most:
+            self.add(path, f"{found} {what}, at most {most} allowed")
+        return found <= most
+
     def number(self, path: str, value: float, low: float, high: float) -> None:
         """Refuse what is not a number from `low` to `high`."""
         if not low <= value <= high:  # NaN compares false
@@ -89,6 +110,8 @@ class Violations:
     def json_object(self, path: str, text: str) -> dict[str, object] | None:
         """The JSON object in `text`; None where it is refused."""
         self.text(path, text)
+        if not self._room_for_json(path, text):
+            return None
         try:
             value = _parse(text)
         except RecursionError:
@@ -100,11 +123,25 @@ class Violations:
         if not isinstance(value, dict):
             self.add(path, f"{shown(text)} is not a JSON object")
             return None
-        problem = _wrong_inside(value)
+        problem = _wrong_inside(text)
         if problem:
             self.add(path, f"{shown(text)} {problem}")
             return None
         return value
+
+    def _room_for_json(self, path: str, text: str) -> bool:
+        """Whether all JSON of the request so far, this included, is within its bounds."""
+        self._json_characters += len(text)
+        if self._json_characters > MAX_JSON_CHARACTERS:
+            size, limit = self._json_characters, MAX_JSON_CHARACTERS
+            self.add(path, f"{size} characters of JSON in this request up to here, at most {limit}")
+            return False
+        self._json_brackets += text.count("[") + text.count("{")
+        if self._json_brackets > MAX_JSON_BRACKETS:
+            count, limit = self._json_brackets, MAX_JSON_BRACKETS
+            self.add(path, f"{count} brackets in the JSON up to here, at most {limit}")
+            return False
+        return True
 
 
 def shown(value: str) -> str:
@@ -145,28 +182,23 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _wrong_inside(root: dict[str, object]) -> str | None:
-    """What is wrong with a parsed value: too deep, or text that is not Unicode or has NULs."""
-    level: list[dict[str, object] | list[object]] = [root]
-    for _ in range(MAX_JSON_DEPTH):
-        below: list[dict[str, object] | list[object]] = []
-        for container in level:
-            keys = container if isinstance(container, dict) else ()
-            values = container.values() if isinstance(container, dict) else container
-            for value in (*keys, *values):
-                if isinstance(value, str):
-                    problem = _wrong_text(value)
-                    if problem:
-                        return problem
-                elif isinstance(value, (dict, list)):
-                    below.append(value)
-        level = below
-    return f"is nested deeper than {MAX_JSON_DEPTH} levels" if level else None
+def _wrong_inside(text: str) -> str | None:
+    """What is wrong with valid JSON: too deep, or text that is not Unicode or has NULs.
 
-
-def _wrong_text(text: str) -> str | None:
-    if "\0" in text:
-        return "has a NUL character"
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        return "has half a surrogate pair, which is not text"
+    Looks at the JSON's text: to walk over the values takes ten times as long.
+    """
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
+        return f"is nested deeper than {MAX_JSON_DEPTH} levels"
+    if "\\u" in text:
+        for escape in _ESCAPE.finditer(text):
+            if escape["nul"]:
+                return "has a NUL character"
+            if escape["half"]:
+                return "has half a surrogate pair, which is not text"
     return None
+
+
+def _depth(text: str) -> int:
+    """How deep valid JSON is nested."""
+    brackets = _NO_BRACKET.sub("", _STRING.sub("", text))
+    return max(accumulate(map(_STEP.__getitem__, brackets)))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent import core
-from edge_agent.api import convert_client, convert_request, convert_response
+from edge_agent.api import convert_client, convert_request, convert_response, validation
 from edge_agent.api.convert_error import error_of, status_of
 from edge_agent.api.ports import RequestLimits
 from edge_agent.core import HaltScope, Role, TextPart
@@ -201,12 +201,23 @@ CALLING = t.Message(role=t.ROLE_ASSISTANT, tool_calls=[CALL])
     ],
 )  # fmt: skip
 def test_a_conversation_that_makes_no_sense_is_refused(messages, field):
-    assert list(violations(spec(messages=messages))) == [field]
+    tools = [tool(), tool(name="a")]
+    assert list(violations(spec(messages=messages, tools=tools))) == [field]
+
+
+def test_an_earlier_call_of_a_tool_that_the_run_has_not_is_refused():
+    asked = spec(messages=[user(), CALLING, user()], tools=[tool(name="arm"), tool(name="base")])
+    assert violations(asked) == {
+        "spec.messages[1].tool_calls[0].name": '"lamp" is no tool of this run: arm, base'
+    }
+    asked = spec(messages=[user(), CALLING, user()])
+    (description,) = violations(asked).values()
+    assert description == '"lamp" is no tool of this run: it has none'
 
 
 def test_a_conversation_with_answered_calls_is_taken():
     result = t.Message(role=t.ROLE_TOOL, tool_call_id="c1", is_error=True)
-    made = convert(spec(messages=[user(), CALLING, result]))
+    made = convert(spec(messages=[user(), CALLING, result], tools=[tool()]))
     assert made.messages[1].tool_calls == (core.ToolCall("c1", "lamp", "{}"),)
     assert made.messages[2] == core.Message(Role.TOOL, tool_call_id="c1", is_error=True)
 
@@ -380,15 +391,95 @@ def test_no_results_are_no_results():
         results()
 
 
-def test_a_result_and_a_request_may_be_as_large_as_the_limit():
+def test_a_result_may_be_as_large_as_the_limit():
     text = "x" * LIMITS.max_tool_result_bytes
     assert results(t.ToolResult(tool_call_id="a", parts=[t.Part(text=text)]))
-    request = pb.CreateRunRequest(spec=spec())
-    limits = replace(LIMITS, max_request_bytes=request.ByteSize())
-    convert_request.check_size(request, limits)
-    request.request_id = "one more"
-    with pytest.raises(InvalidRequest):
-        convert_request.check_size(request, limits)
+
+
+def test_what_is_looked_at_one_by_one_is_counted_first():
+    part, example = t.Part(text="x"), t.ToolExample(goal="x", arguments_json="{}")
+    most = convert_request.MAX_ITEMS
+    full = t.Message(role=t.ROLE_USER, parts=[part] * (most - 1))
+    assert len(convert(spec(messages=[full])).messages[0].parts) == most - 1
+    full.parts.add(text="one more")
+    assert violations(spec(messages=[full])) == {
+        "spec.messages": "4097 messages, parts and tool calls in all, at most 4096 allowed"
+    }
+    assert list(violations(spec(messages=[user()] * 2049))) == ["spec.messages"]
+    assert convert(spec(tools=[tool(examples=[example] * 16)]))
+    assert violations(spec(tools=[tool(examples=[example] * 17)])) == {
+        "spec.tools[0].examples": "17 examples, at most 16 allowed"
+    }
+    with pytest.raises(InvalidRequest, match="results: 4098 results and parts in all"):
+        results(t.ToolResult(tool_call_id="a", parts=[t.Part(text="")] * 4097))
+    with pytest.raises(InvalidRequest, match="states: 11 states, at most 10"):
+        convert_request.page(pb.ListRunsRequest(states=[pb.RUN_STATE_QUEUED] * 11))
+
+
+def test_the_json_of_a_request_is_bounded_as_a_whole():
+    wide = '{"enum":[' + ",".join(["[]"] * 40_000) + "]}"
+    assert convert(spec(output_schema_json=wide))
+    tools = [tool(input_schema_json='{"type":"object",' + wide[1:])]
+    assert violations(spec(output_schema_json=wide, tools=tools)) == {
+        "spec.tools[0].input_schema_json": "80004 brackets in the JSON up to here, at most 65536"
+    }
+    long = '{"description":"' + "x" * 600_000 + '"}'
+    tools = [tool(input_schema_json='{"type":"object",' + long[1:])]
+    assert violations(spec(output_schema_json=long, tools=tools)) == {
+        "spec.tools[0].input_schema_json": (
+            "1200052 characters of JSON in this request up to here, at most 1048576"
+        )
+    }
+
+
+def test_a_schema_can_not_tell_the_grammar_engine_to_be_lenient():
+    lenient = '{"type":"object","x-guidance":{"lenient":true}}'
+    assert violations(spec(output_schema_json=lenient)) == {
+        "spec.output_schema_json": '"x-guidance" is the daemon\'s own, leave it out'
+    }
+    assert list(violations(spec(tools=[tool(input_schema_json=lenient)])))
+
+
+@given(
+    st.recursive(
+        st.text(st.characters()) | st.integers() | st.text(alphabet='[]{}"\\u0d8f'),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    )
+)
+def test_depth_and_text_of_json_are_judged_by_its_text_alone(value):
+    text = json.dumps({"value": value})
+    value = json.loads(text)["value"]  # two halves in a row have become a character
+    deep = json.dumps({"value": _nested(value, 70)})
+    strings = "".join(_strings(value))
+    problem = validation._wrong_inside(text)
+    if any("\ud800" <= character <= "\udfff" for character in strings):
+        assert problem in {"has half a surrogate pair, which is not text", "has a NUL character"}
+    elif "\0" in strings:
+        assert problem == "has a NUL character"
+    else:
+        assert problem is None
+    assert validation._wrong_inside(deep) == "is nested deeper than 64 levels"
+    assert validation._depth(text) == _depth({"value": value})
+
+
+def _nested(value, levels):
+    return value if levels == 0 else [_nested(value, levels - 1)]
+
+
+def _strings(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (key, *_strings(inner))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _depth(value):
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(_depth, inner), default=0) if isinstance(value, dict | list) else 0
 
 
 def test_a_tool_may_return_nothing():
