@@ -17,6 +17,8 @@ from edge_agent.wakeup import Wakeup
 class LoadedEngine:
     """`active` counts the steps that hold a place.
 
+    `arriving` are those that waited for the load and have not looked yet: it was for them, so it is
+    not unloaded before they have.
     `on_change` is told whatever a watcher of engines sees.
     """
 
@@ -28,12 +30,13 @@ class LoadedEngine:
     active: int = 0
     last_used_s: float = field(default_factory=time.monotonic)
     _changed: Wakeup = field(default_factory=Wakeup)
+    arriving: set[object] = field(default_factory=set)
     _queue: list[object] = field(default_factory=list)
 
     @property
     def waiting(self) -> int:
         """Steps that want a place."""
-        return len(self._queue)
+        return len(self._queue) + len(self.arriving)
 
     async def take_place(self) -> bool:
         """Wait for a place, first come first served; False when the engine takes no more steps."""
@@ -54,6 +57,12 @@ class LoadedEngine:
     def _may_enter(self, ticket: object) -> bool:
         return self._queue[0] is ticket and self.active < self.host.slots
 
+    def arrived(self, step: object) -> None:
+        """A step that waited for the load takes its place in this turn of the loop, or never."""
+        if step in self.arriving:
+            self.arriving.remove(step)
+            self._tell()
+
     def give_place(self) -> None:
         """A step's place is free again."""
         self.active -= 1
@@ -68,6 +77,11 @@ class LoadedEngine:
     def _tell(self) -> None:
         self._changed.notify()
         self.on_change()
+
+    async def all_arrived(self) -> None:
+        """Return once nobody is on the way to a place."""
+        while self.arriving:
+            await asyncio.shield(self._changed.next())
 
     async def drained(self) -> None:
         """Return once no step holds a place."""

@@ -238,6 +238,8 @@ class Scheduler:
             return await asyncio.shield(task)
         finally:
             observers.discard(on_state)
+            if name in self._loaded:
+                self._loaded[name].arrived(on_state)
 
     def _load_ended(self, name: str, task: "asyncio.Task[LoadedEngine]") -> None:
         del self._loads[name]
@@ -248,6 +250,7 @@ class Scheduler:
         async with self._transition:
             loaded = self._loaded.get(name)
             if loaded is not None and loaded.state is EngineState.READY:
+                loaded.arriving.update(self._load_observers.get(name, ()))
                 return loaded
             manifest = self._catalogue.get(name)
             self._check_files(name)
@@ -273,7 +276,8 @@ class Scheduler:
     async def _make_room(self) -> None:
         while True:
             residents = [
-                Resident(name, each.active, each.last_used_s) for name, each in self._loaded.items()
+                Resident(name, each.active + each.waiting, each.last_used_s)
+                for name, each in self._loaded.items()
             ]
             victim = choose_victim(residents, self.settings.max_resident_engines)
             if victim is None:
@@ -305,6 +309,7 @@ class Scheduler:
         except asyncio.CancelledError:
             await asyncio.shield(host.stop(settings.unload_timeout_s))
             raise
+        loaded.arriving.update(self._load_observers.get(name, ()))
         loaded.become(EngineState.READY)
         host.lost.add_done_callback(lambda lost: self._lost(name, loaded, lost.result()))
         log.info("engine_loaded", engine=name, pid=host.pid, load_s=host.load_s, slots=host.slots)
@@ -318,6 +323,7 @@ class Scheduler:
 
     async def _unload(self, name: str, loaded: LoadedEngine) -> None:
         """Drain, end the process, and prove that it is gone. Holds the transition lock."""
+        await loaded.all_arrived()
         if loaded.state is EngineState.READY:
             loaded.become(EngineState.DRAINING)
             self._changed.notify()
