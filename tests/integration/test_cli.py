@@ -15,10 +15,15 @@ from edge_agent import __version__
 from edge_agent.cli.main import COMMANDS, main
 from edge_agent.core import (
     CancelTool,
+    FinishReason,
+    Message,
+    Role,
     RunError,
     RunState,
     StateChanged,
+    StepFinished,
     TextDelta,
+    TextPart,
     ToolCall,
     Usage,
 )
@@ -157,6 +162,50 @@ def test_a_person_at_the_terminal_is_the_tool(runtime_dir, tmp_path):
     assert (result.parts[0].text, result.is_error) == ("bright", False)
 
 
+def test_lines_without_a_goal_are_one_conversation(runtime_dir, tmp_path, capfd, monkeypatch):
+    async def answer(runs, run_id):
+        message = Message(Role.ASSISTANT, (TextPart(f"{run_id} says"),))
+        runs.emit(run_id, StepFinished(1, message, Usage(), FinishReason.STOP))
+        runs.finish(run_id, f"{run_id} says", transcript=(message,))
+
+    (tmp_path / "lines").write_text("first\n\nsecond\n")
+    with (tmp_path / "lines").open() as lines, EdgeThread(runtime_dir, answer) as edge:
+        monkeypatch.setattr(sys, "stdin", lines)
+        assert main(["run", "--socket", edge.api]) == 0
+        said = [message.text for message in edge.runs.specs["run-2"].messages]
+    assert said == ["first", "run-1 says", "second"]
+    assert capfd.readouterr().out == "run-1 says\nrun-2 says\n"
+
+
+def test_a_failed_run_is_no_part_of_the_conversation(runtime_dir, tmp_path, capfd, monkeypatch):
+    (tmp_path / "lines").write_text("first\nsecond\n")
+    with (tmp_path / "lines").open() as lines, EdgeThread(runtime_dir, fail) as edge:
+        monkeypatch.setattr(sys, "stdin", lines)
+        assert main(["run", "--socket", edge.api]) == 1
+        said = [message.text for message in edge.runs.specs["run-2"].messages]
+    assert said == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("edge-agent", "che"), "check-config"),
+        (("edge-agent", "run", "--eng"), "--engine"),
+        (("edge-agent", "engines", "ver"), "verify"),
+    ],
+)
+def test_the_completion_script_completes_in_bash(words, expected, capfd):
+    assert main(["completion", "bash"]) == 0
+    script = capfd.readouterr().out
+    ask = (
+        f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; "
+        '_shtab_edge_agent; echo "${COMPREPLY[@]}"'
+    )
+    command = ["bash", "-c", f"{script}\n{ask}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected]
+
+
 def test_ctrl_c_cancels_the_run_and_exits_130(runtime_dir):
     async def wait(runs, run_id):
         runs.emit(run_id, CancelTool("none", RunError("R", "now")))
@@ -252,7 +301,9 @@ def test_check_config(tmp_path, capfd):
     assert capfd.readouterr().out == f"{path}: no errors\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["run"], ["halt", "tool"], ["run", "x", "-z"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["completion", "fish"], ["halt", "tool"], ["run", "x", "-z"]]
+)
 def test_wrong_usage_exits_2(arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

@@ -21,6 +21,7 @@ from edge_agent.core import (
     Halt,
     HaltOutcome,
     HaltScope,
+    Message,
     Run,
     RunError,
     RunFinished,
@@ -101,8 +102,15 @@ class MemoryRuns:
     def issue(self, run_id: str, *calls: ToolCall) -> None:
         self.emit(run_id, ToolCallsIssued(1, calls))
 
-    def finish(self, run_id: str, answer: str, usage: Usage | None = None) -> None:
+    def finish(
+        self,
+        run_id: str,
+        answer: str,
+        usage: Usage | None = None,
+        transcript: tuple[Message, ...] = (),
+    ) -> None:
         run = replace(self._runs[run_id], state=RunState.SUCCEEDED, answer=answer)
+        run = replace(run, transcript=transcript)
         run = replace(run, usage=usage or run.usage)
         self.emit(run_id, RunFinished(replace(run, open_tool_calls=())))
 
