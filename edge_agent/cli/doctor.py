@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Subparsers = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
 
 _MARKS: Final = {"ok": "ok", "warn": "warn", "fail": "FAIL", "unknown": "?"}
+_WORDS: Final = {"fail": "failure", "warn": "warning", "unknown": "unknown"}
 _COLOURS: Final = {"ok": "32", "warn": "33", "fail": "31;1", "unknown": "36"}
 _MARK_CELLS: Final = max(map(len, _MARKS.values()))
 _NARROWEST: Final = 40
@@ -86,20 +88,16 @@ def _wrapped(text: str, columns: int | None, indent: int) -> list[str]:
 
 
 def _summary(findings: "tuple[Finding, ...]") -> str:
-    count = {
-        mark: sum(finding.status == status for finding in findings)
-        for status, mark in _MARKS.items()
-        if status != "ok"
-    }
-    found = ", ".join(f"{number} {mark}" for mark, number in count.items() if number)
+    counts = Counter(str(finding.status) for finding in findings)
+    found = ", ".join(
+        f"{counts[status]} {word}{'s' if counts[status] > 1 and word != 'unknown' else ''}"
+        for status, word in _WORDS.items()
+        if counts[status]
+    )
     if not found:
         return "everything is ok"
-    end = (
-        "something that the configuration needs is missing"
-        if count["FAIL"]
-        else "nothing needed is missing"
-    )
-    return f"{found}: {end}"
+    missing = "something" if counts["fail"] else "nothing"
+    return f"{found}: {missing} that the configuration needs is missing"
 
 
 def _absolute(value: str) -> Path:

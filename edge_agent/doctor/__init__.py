@@ -41,7 +41,7 @@ def examine(question: Question) -> tuple[Finding, ...]:
     is_jetson = read_machine(sysroot).is_jetson
     with ThreadPoolExecutor() as pool:  # of threads that wait for child processes
         nvml = pool.submit(gpu.check_nvml, is_jetson=is_jetson, deadline_s=deadline_s)
-        cuda = pool.submit(gpu.check_cuda, pythons, deadline_s)
+        cuda = pool.submit(gpu.check_cuda, pythons, is_jetson=is_jetson, deadline_s=deadline_s)
         backends = pool.submit(software.check_backends, settings, store, deadline_s)
         machine = check_machine(sysroot)
         findings = [

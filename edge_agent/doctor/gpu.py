@@ -43,7 +43,7 @@ def describe_nvml(snapshot: NvmlSnapshot, *, is_jetson: bool) -> Finding:
     return good("nvml", value)
 
 
-def check_cuda(pythons: Iterable[str], deadline_s: float) -> Finding:
+def check_cuda(pythons: Iterable[str], *, is_jetson: bool, deadline_s: float) -> Finding:
     """The CUDA devices, as the first Python that has pycuda sees them."""
     answer: dict[str, Any] = {}
     for python in pythons:
@@ -53,6 +53,8 @@ def check_cuda(pythons: Iterable[str], deadline_s: float) -> Finding:
             return warn("cuda", f"{python}: {error}", _REBOOT)
         if answer.get("problem") != _NO_PYCUDA:
             break
+    if answer.get("problem") == _NO_PYCUDA and not is_jetson:
+        return good("cuda", f"not asked: {_NO_PYCUDA}")
     if answer.get("problem") == _NO_PYCUDA:
         hint = f"for CUDA's facts: `{sys.executable} -m pip install pycuda` (needs CUDA's headers)"
         return unknown("cuda", _NO_PYCUDA, hint)

@@ -552,12 +552,12 @@ def test_lines_are_aligned_and_every_hint_stands_below_its_value():
         "          -> mend it",
         "?     c   who knows",
         "          -> ask",
-        "1 warn, 1 ?: nothing needed is missing",
+        "1 warning, 1 unknown: nothing that the configuration needs is missing",
     ]
     assert describe(ALL[:1], columns=None)[-1] == "everything is ok"
-    failing = describe((fail("d", "gone", "get it"),), columns=None)
+    failing = describe((fail("d", "gone", "get it"),) * 2, columns=None)
     assert failing[0] == "FAIL  d  gone"
-    assert failing[-1] == "1 FAIL: something that the configuration needs is missing"
+    assert failing[-1] == "2 failures: something that the configuration needs is missing"
 
 
 def test_a_terminal_gets_colours_and_wrapped_values():

@@ -161,6 +161,14 @@ def test_power_rails_of_both_chips(tmp_path: Path):
     assert (vin.name, vin.power_mw.value) == ("VIN", 19_780)
 
 
+def test_a_rail_without_load_is_at_0_and_a_negative_power_is_an_error(tmp_path: Path):
+    sysroots.orin_nano(tmp_path)
+    chip = "sys/class/hwmon/hwmon1"
+    sysroots.put(tmp_path, {f"{chip}/curr1_input": "0\n", f"{chip}/curr2_input": "-1\n"})
+    first, second = sensors.read_power_rails(tmp_path)
+    assert (first.power_mw.value, second.power_mw.status) == (0, ReadingStatus.ERROR)
+
+
 def test_a_rail_without_a_current_has_no_power(tmp_path: Path):
     sysroots.orin_nano(tmp_path)
     (tmp_path / "sys/class/hwmon/hwmon1/curr1_input").unlink()
