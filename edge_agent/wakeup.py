@@ -11,16 +11,19 @@ class Wakeup:
 
     def __init__(self) -> None:
         """Nobody waits yet."""
-        self._future: asyncio.Future[None] | None = None
+        self._waiting: list[asyncio.Future[None]] = []
 
     def next(self) -> "asyncio.Future[None]":
-        """Done at the next `notify`. Shared: await it through `asyncio.shield` or `wait`."""
-        if self._future is None or self._future.cancelled():
-            self._future = asyncio.get_running_loop().create_future()
-        return self._future
+        """Done at the next `notify`. The caller's own: to cancel it disturbs nobody."""
+        future = asyncio.get_running_loop().create_future()
+        # Whoever gave up waiting must not add up until something changes.
+        self._waiting = [waiting for waiting in self._waiting if not waiting.done()]
+        self._waiting.append(future)
+        return future
 
     def notify(self) -> None:
         """Wake all."""
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
-        self._future = None
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from edge_agent.api import convert_request, convert_response
 from edge_agent.api.errors import Context
 from edge_agent.api.ports import EnginesPort, RequestLimits
-from edge_agent.api.streaming import closing, write
+from edge_agent.api.streaming import StreamWriter, closing
 from edge_agent.v1 import engine_service_pb2 as pb
 from edge_agent.v1 import engine_service_pb2_grpc
 
@@ -50,8 +50,8 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
 
     async def WatchEngines(self, request: pb.WatchEnginesRequest, context: Context) -> None:  # type: ignore[override]  # writes itself
         """All engines, then each change."""
-        slow_reader_s = self._limits().slow_reader_s
-        async with closing(self._engines.watch()) as changes:
-            async for info in changes:
-                message = pb.WatchEnginesResponse(engine=convert_response.engine(info))
-                await write(context, message, slow_reader_s)
+        with StreamWriter(context, self._limits().slow_reader_s) as stream:
+            async with closing(self._engines.watch()) as changes:
+                async for info in changes:
+                    message = pb.WatchEnginesResponse(engine=convert_response.engine(info))
+                    await stream.write(message)

@@ -16,7 +16,7 @@ from edge_agent.api import convert_request, convert_response
 from edge_agent.api.errors import Context
 from edge_agent.api.interceptors import admin_socket_required, current_call
 from edge_agent.api.ports import RequestLimits, RunsPort
-from edge_agent.api.streaming import closing, write
+from edge_agent.api.streaming import StreamWriter, closing
 from edge_agent.core import HaltScope, Run, RunError, ToolResult
 from edge_agent.errors import EdgeAgentError, FailedPrecondition, InvalidRequest
 from edge_agent.v1 import run_service_pb2 as pb
@@ -133,12 +133,14 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
     async def _send_events(
         self, run_id: str, after: int | None, response: _EventResponse, context: Context
     ) -> None:
-        slow_reader_s = self._limits().slow_reader_s
-        async with closing(self._runs.watch(run_id, after)) as events:
-            async for event in events:
-                message = response()
-                convert_response.fill_event(message.event, event)
-                await write(context, message, slow_reader_s)
+        # The run's own task first, so that its step is with the engine while we send the snapshot.
+        await asyncio.sleep(0)
+        with StreamWriter(context, self._limits().slow_reader_s) as stream:
+            async with closing(self._runs.watch(run_id, after)) as events:
+                async for event in events:
+                    message = response()
+                    convert_response.fill_event(message.event, event)
+                    await stream.write(message)
 
     async def _take_results(self, run_id: str, requests: AsyncIterator[pb.ConverseRequest]) -> None:
         """Hand in what a conversation's caller sends, until it sends no more."""

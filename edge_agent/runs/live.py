@@ -3,7 +3,6 @@
 Changed by the run's own loop and by the owner (`runs.Runs`) only; a follower only reads.
 """
 
-import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
@@ -94,4 +93,4 @@ class LiveRun:
             if self.state.ended and after >= self._log.sequence:
                 return
             if not changed.done():
-                await asyncio.shield(changed)
+                await changed

@@ -3,7 +3,6 @@
 Changed by the scheduler only.
 """
 
-import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ class LoadedEngine:
         self.on_change()
         try:
             while self.state is EngineState.READY and not self._may_enter(ticket):
-                await asyncio.shield(self._changed.next())
+                await self._changed.next()
             if self.state is not EngineState.READY:
                 return False
             self.active += 1
@@ -81,12 +80,12 @@ class LoadedEngine:
     async def all_arrived(self) -> None:
         """Return once nobody is on the way to a place."""
         while self.arriving:
-            await asyncio.shield(self._changed.next())
+            await self._changed.next()
 
     async def drained(self) -> None:
         """Return once no step holds a place."""
         while self.active:
-            await asyncio.shield(self._changed.next())
+            await self._changed.next()
 
     def worker_info(self) -> WorkerInfo | None:
         """The process behind it, while there is one."""
