@@ -3,9 +3,9 @@
 The same engine with one thread decodes the same prompt in three ways, in alternating rounds: the
 backend's own loop in a process without anything around it (`bare`), the library's own HTTP listener
 read by a minimal SSE client (`http`), and a daemon with its worker, read by our client over gRPC.
-Speed is counted from the first token to the last. Ratios are medians over the rounds. The daemon's
-CPU time is set against that of a bare `grpc.aio` server that sends the same messages at the same
-times, while an engine decodes beside it as it does beside the daemon.
+Speed and CPU time are counted from the first token to the last. Ratios are medians over the rounds.
+The daemon's CPU time is set against that of a bare `grpc.aio` server that sends the same messages
+at the same times, while an engine decodes beside it as it does beside the daemon.
 """
 
 import asyncio
@@ -176,6 +176,8 @@ class Grpc:
     def __init__(self, runner: asyncio.Runner, address: Path) -> None:
         self._runner = runner
         self._client = runner.run(_connect(address))
+        self._watched = 0
+        self._cpu_s: list[float] = []
         self.messages: list[tuple[float, bytes]] = []
         """What the last single stream brought, and how long after its beginning."""
 
@@ -190,6 +192,13 @@ class Grpc:
     async def _run(self, streams: int, max_tokens: int) -> list[Stream]:
         return await asyncio.gather(*(self._stream(max_tokens) for _ in range(streams)))
 
+    def cpu_us_per_token(self, server: int, max_tokens: int) -> float:
+        """CPU time of the server process from the first token to the last, over those tokens."""
+        self._watched, self._cpu_s = server, []
+        (stream,) = self.run(1, max_tokens)
+        self._watched = 0
+        return (self._cpu_s[-1] - self._cpu_s[0]) * 1e6 / (stream.tokens - stream.pieces[0][1])
+
     async def _stream(self, max_tokens: int) -> Stream:
         events: list[tuple[float, Event]] = []
         stream = Stream(time.monotonic())
@@ -200,6 +209,8 @@ class Grpc:
             events.append((now_s, event))
             if isinstance(event.body, TextDelta):
                 stream.pieces.append((now_s, event.body.tokens))
+                if self._watched:
+                    self._cpu_s.append(process_cpu_s(self._watched))
         self.messages = [(at_s - stream.began_s, _encoded(event)) for at_s, event in events]
         return stream
 
@@ -291,14 +302,14 @@ class Bench:
     def measure_cpu(self, seconds: float, replay: Child, replayed: Grpc) -> None:
         """CPU time a token of the daemon, and of a bare server that sends the same."""
         for _ in rounds(self.min_rounds, seconds):
-            ours_us = _cpu_us_per_token(self.daemon_pid, self.grpc, self.tokens)
+            ours_us = self.grpc.cpu_us_per_token(self.daemon_pid, self.tokens)
             replay.ask(
                 messages=[
                     (after_s, base64.b64encode(raw).decode()) for after_s, raw in self.grpc.messages
                 ]
             )
             self.bare.begin(self.tokens)
-            bare_us = _cpu_us_per_token(replay.pid, replayed, self.tokens)
+            bare_us = replayed.cpu_us_per_token(replay.pid, self.tokens)
             self.bare.end()
             self._add("daemon_cpu_us_per_token", ours_us)
             self._add("grpc_cpu_us_per_token", bare_us)
@@ -306,12 +317,6 @@ class Bench:
 
     def _add(self, key: str, value: float) -> None:
         self.values.setdefault(key, []).append(value)
-
-
-def _cpu_us_per_token(pid: int, side: Grpc, tokens: int) -> float:
-    before_s = process_cpu_s(pid)
-    (stream,) = side.run(1, tokens)
-    return (process_cpu_s(pid) - before_s) * 1e6 / stream.tokens
 
 
 def measure(arguments: Arguments, plan: Plan) -> dict[str, list[float]]:
