@@ -250,7 +250,7 @@ GOALS = (
     Goal("List the services of this robot.", "list_services"),
     Goal("Show the interface base_msgs/srv/SetLight.", "show_interface"),
     Goal("Switch the light off.", "call_service"),
-    Goal("Save the map as hall.", "call_service"),
+    Goal("Save the map as hall.", "list_services"),
     Goal("Navigate to 3, 4.", "send_goal"),
     Goal("Which parameters does the navigator have?", "list_parameters"),
     Goal("Set the maximum speed of the base to 30.", "set_parameter"),

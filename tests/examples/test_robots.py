@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from examples.robots.show import ENGINE, ROBOTS, make_robot
 from tests.support.in_process import loaded_engine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEMO_TIMEOUT_S = 120
+DEMO_TIMEOUT_S = 240
+"""For all of them: two at a time, each a prefill of up to 2200 tokens on one core."""
 SHOWN_CALL = re.compile(r"^  tool call    (\w+)\((.*)\)$", re.MULTILINE)
 TOOLS = {"warehouse": (7, 4), "quadruped": (21, 12), "arm": (22, 6), "ros2_operator": (18, 4)}
 """How many tools each robot has, and how many of them take no arguments."""
@@ -270,22 +272,34 @@ class TestWorlds:
             make_robot("warehouse").tools["put_down"][1]()
 
 
+def demo(robot, engine_store):
+    """A robot's first three goals, given to a daemon of its own."""
+    command = [
+        sys.executable, "examples/robots/show.py", "--robot", robot, "--goals", "3",
+        "--start-daemon", "--engines-dir", str(engine_store),
+    ]  # fmt: skip
+    return subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=DEMO_TIMEOUT_S,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="class")
+def demos(engine_store):
+    """The demos of all robots, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {robot: pool.submit(demo, robot, engine_store) for robot in ROBOTS}
+
+
 class TestDemos:
     @pytest.mark.timeout(DEMO_TIMEOUT_S + 10)
     @pytest.mark.parametrize("robot", ROBOTS)
-    def test_it_runs_to_its_end_and_every_call_satisfies_its_schema(self, robot, engine_store):
-        command = [
-            sys.executable, "examples/robots/show.py", "--robot", robot, "--goals", "3",
-            "--start-daemon", "--engines-dir", str(engine_store),
-        ]  # fmt: skip
-        done = subprocess.run(
-            command,
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            timeout=DEMO_TIMEOUT_S,
-            check=False,
-        )
+    def test_it_runs_to_its_end_and_every_call_satisfies_its_schema(self, robot, demos):
+        done = demos[robot].result()
         assert done.returncode == 0, done.stderr
         assert re.search(r"^\d of 3 goals reached the right tool first", done.stdout, re.MULTILINE)
         assert len(re.findall(r"^\[\d/3\] goal: ", done.stdout, re.MULTILINE)) == 3
