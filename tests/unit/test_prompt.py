@@ -1,64 +1,16 @@
 """From messages to token ids: what stands where, and that nobody can forge a turn."""
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.core import Message, Role, TextPart, Tool, ToolCall, ToolExample
 from edge_agent.decoding.prompt import PromptRenderer, result_text, signature
-from edge_agent.engines.manifest import Manifest, decode_manifest
-from tests.support.engine_files import FILES, recipe_data
-
-MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>", "<|begin|>")
-FIRST_MARKER = 0x110000  # above every code point
-_SPLIT = re.compile("(" + "|".join(re.escape(marker) for marker in MARKERS) + ")")
-
-
-def tokenize(text: str, markers: bool) -> list[int]:  # noqa: FBT001 - the renderer's call
-    """One token a code point, and one a marker where markers are parsed."""
-    text.encode()  # as real tokenizers: raises for what is no text
-    if not markers:
-        return [ord(character) for character in text]
-    ids: list[int] = []
-    for piece in _SPLIT.split(text):
-        if piece in MARKERS:
-            ids.append(FIRST_MARKER + MARKERS.index(piece))
-        else:
-            ids += [ord(character) for character in piece]
-    return ids
-
-
-def text_of(ids: Sequence[int]) -> str:
-    """The tokens as text, markers in their own words."""
-    return "".join(
-        MARKERS[token - FIRST_MARKER] if token >= FIRST_MARKER else chr(token) for token in ids
-    )
-
-
-def markers_of(ids: Sequence[int]) -> list[str]:
-    return [MARKERS[token - FIRST_MARKER] for token in ids if token >= FIRST_MARKER]
-
-
-def manifest() -> Manifest:
-    data: dict[str, Any] = recipe_data(FILES)
-    del data["obtain"]
-    data["source"] = {"kind": "path", "location": "files"}
-    data["prompt"] = {
-        role: {"open": f"<|{role}|>", "close": "<|end|>"}
-        for role in ("system", "user", "assistant", "tool")
-    } | {"prefix": "<|begin|>", "default_system": "You help."}
-    data["tools"] = {
-        "strategy": "schema",
-        "instructions": "Tools:",
-        "answer_examples": [["Hi.", "Hello!"]],
-    }
-    return decode_manifest(msgspec.json.encode(data))
+from tests.support.toy_engine import MARKERS, manifest, markers_of, text_of, tokenize
 
 
 def rendered(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
