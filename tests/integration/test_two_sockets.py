@@ -1,5 +1,7 @@
 """What each socket serves, and engines through their loads and unloads."""
 
+import json
+
 import grpc
 import pytest
 
@@ -63,16 +65,18 @@ def test_the_admin_socket_serves_runs_too(admin):
     assert admin.end_of(made.id).state == run_pb.RUN_STATE_SUCCEEDED
 
 
-def test_an_engine_is_watched_through_load_and_unload(client, admin):
+def test_an_engine_is_watched_through_load_and_unload(engine_store, client, admin):
+    manifest = json.loads((engine_store / ENGINE / "manifest.json").read_bytes())
     watching = client.engines.WatchEngines(engine_pb.WatchEnginesRequest(), timeout=30)
     installed = next(watching).engine
     assert (installed.name, installed.state) == (ENGINE, engine_pb.ENGINE_STATE_INSTALLED)
     assert not installed.HasField("worker")
-    assert (installed.context_tokens, installed.backend) == (2048, "llama_cpp")
+    assert installed.context_tokens == manifest["context_tokens"]
+    assert installed.backend == manifest["backend"]["name"]
 
     ready = load(admin)
     assert ready.state == engine_pb.ENGINE_STATE_READY
-    assert ready.worker.slots == 4
+    assert ready.worker.slots == manifest["slots"]
     assert ready.worker.load_time.ToTimedelta().total_seconds() > 0
     pid = ready.worker.pid
     assert not is_gone(pid)
