@@ -43,9 +43,8 @@ def examine(question: Question) -> tuple[Finding, ...]:
         nvml = pool.submit(gpu.check_nvml, is_jetson=is_jetson, deadline_s=deadline_s)
         cuda = pool.submit(gpu.check_cuda, pythons, is_jetson=is_jetson, deadline_s=deadline_s)
         backends = pool.submit(software.check_backends, settings, store, deadline_s)
-        machine = check_machine(sysroot)
         findings = [
-            *machine,
+            *check_machine(sysroot),
             nvml.result(),
             cuda.result(),
             *access.check_access(sysroot),
@@ -59,7 +58,7 @@ def examine(question: Question) -> tuple[Finding, ...]:
                 settings,
                 store,
                 read_memory(sysroot).available_bytes.value,
-                daemon_runs=host.daemon_listens(environ),
+                daemon_runs=host.find_daemon(environ) is not None,
             ),
         ]
     return tuple(finding.printable() for finding in findings)

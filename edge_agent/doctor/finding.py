@@ -61,7 +61,7 @@ def unknown(name: str, value: str, hint: str) -> Finding:
 
 def unread(name: str, reading: Reading[object], hint: str) -> Finding:
     """A reading without a value, with where it should have come from."""
-    return unknown(name, f"{reading.source}: {reading.detail or reading.status}", hint)
+    return unknown(name, f"{reading.source}: {reading.detail}", hint)
 
 
 def worst(findings: tuple[Finding, ...]) -> FindingStatus:

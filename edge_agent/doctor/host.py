@@ -1,5 +1,6 @@
 """Checks of what surrounds the daemon: Python, clock, disk, the sockets' directory."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -11,8 +12,10 @@ from typing import Final
 from edge_agent import __version__, paths
 from edge_agent.doctor.finding import Finding, good, size_text, unknown, warn
 from edge_agent.errors import ConfigError
+from edge_agent.telemetry.files import read_text
 
 LOW_DISK_BYTES: Final = 512 << 20
+SYSTEM_RUNTIME_DIR: Final = Path("/run") / paths.APP
 _MAX_SOCKET_PATH_BYTES: Final = 107
 _SOCKET_NAMES: Final = ("api.sock", "admin.sock")
 _CONNECT_S: Final = 0.5
@@ -45,7 +48,7 @@ def check_python() -> Finding:
 
 def check_clock(sysroot: Path) -> Finding:
     """Synchronised or not: as the kernel says (any NTP or PTP service tells it), else timesyncd."""
-    by_timesyncd = (sysroot / _TIMESYNC).exists()
+    by_timesyncd = read_text(sysroot, _TIMESYNC).value is not None
     if sysroot != Path("/"):  # another machine's tree: this kernel knows nothing about it
         if by_timesyncd:
             return good("clock", "synchronised (systemd-timesyncd)")
@@ -90,6 +93,9 @@ def check_disk(name: str, directory: Path) -> Finding:
 
 def check_sockets(environ: Mapping[str, str]) -> Finding:
     """Where the daemon's sockets are or will be."""
+    listening = find_daemon(environ)
+    if listening is not None:
+        return good("sockets", f"{listening}: a daemon listens")
     try:
         directory = paths.runtime_dir(environ)
     except ConfigError as error:
@@ -99,8 +105,6 @@ def check_sockets(environ: Mapping[str, str]) -> Finding:
     if longest > _MAX_SOCKET_PATH_BYTES:
         value = f"{directory}: a path of {longest} bytes, at most {_MAX_SOCKET_PATH_BYTES}"
         return warn("sockets", value, "serve --runtime-dir with a shorter path")
-    if daemon_listens(environ):
-        return good("sockets", f"{directory}: a daemon listens")
     existing = _nearest_existing(directory)
     if not os.access(existing, os.W_OK | os.X_OK):
         hint = f"give this user {existing}, or run doctor as the daemon's user"
@@ -108,14 +112,20 @@ def check_sockets(environ: Mapping[str, str]) -> Finding:
     return good("sockets", f"{directory}: no daemon listens")
 
 
-def daemon_listens(environ: Mapping[str, str]) -> bool:
-    """Whether somebody accepts on `api.sock`."""
+def find_daemon(environ: Mapping[str, str]) -> Path | None:
+    """Where somebody accepts on `api.sock`: the session's daemon, else the system's."""
+    directories = [SYSTEM_RUNTIME_DIR]
+    with contextlib.suppress(ConfigError):
+        directories.insert(0, paths.runtime_dir(environ))
+    return next((directory for directory in directories if _listens(directory)), None)
+
+
+def _listens(directory: Path) -> bool:
     try:
-        path = paths.runtime_dir(environ) / _SOCKET_NAMES[0]
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(_CONNECT_S)
-            probe.connect(str(path))
-    except (ConfigError, OSError, ValueError):
+            probe.connect(str(directory / _SOCKET_NAMES[0]))
+    except OSError:  # a path that is too long too
         return False
     return True
 

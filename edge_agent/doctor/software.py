@@ -10,7 +10,7 @@ from typing import Final
 from edge_agent import paths
 from edge_agent.config import Config, load_config
 from edge_agent.doctor.children import NoAnswer, ask_libraries
-from edge_agent.doctor.finding import Finding, FindingStatus, fail, good, size_text, unknown, warn
+from edge_agent.doctor.finding import Finding, fail, good, size_text, unknown, warn
 from edge_agent.engines.catalogue import BrokenEngine, Catalogue
 from edge_agent.engines.manifest import BACKENDS, Manifest
 from edge_agent.errors import ConfigError, EdgeAgentError
@@ -119,7 +119,7 @@ def check_engines(
 def version_at_least(version: str, minimum: str) -> bool:
     """Numbers compared one by one: 2026.10.2 is at least 2026.10 and 2026.9."""
     have, want = ([int(part) for part in _DIGITS.findall(text)] for text in (version, minimum))
-    return have >= want
+    return have + [0] * (len(want) - len(have)) >= want
 
 
 def _check_backend(name: str, settings: Settings, store: Store, deadline_s: float) -> Finding:
@@ -145,19 +145,12 @@ def _check_backend(name: str, settings: Settings, store: Store, deadline_s: floa
         f"{library} {each['version'] or '(no version)'}" for library, each in answer.items()
     ]
     value = ", ".join(versions) + (f" ({python})" if configured else "")
-    return _check_minimum(finding, value, str(answer[LIBRARIES[name][0]]["version"]), users, wrong)
-
-
-def _check_minimum(
-    finding: str, value: str, version: str, users: list[Manifest], wrong: object
-) -> Finding:
-    """Whether the library is as new as the engines ask for."""
-    newest = [m for m in users if not version_at_least(version, m.backend.min_version)]
-    if not newest:
-        return good(finding, value)
-    asked = ", ".join(f"{m.name} needs {m.backend.min_version}" for m in newest)
-    status = FindingStatus.FAIL if wrong is fail else FindingStatus.WARN
-    return Finding(finding, status, f"{value}; {asked}", "install a newer release of edge-agent")
+    version = str(answer[LIBRARIES[name][0]]["version"])
+    asking = [each for each in users if not version_at_least(version, each.backend.min_version)]
+    if asking:
+        asked = ", ".join(f"{each.name} needs {each.backend.min_version}" for each in asking)
+        return wrong(finding, f"{value}; {asked}", "install a newer release of edge-agent")
+    return good(finding, value)
 
 
 def _summary(directory: Path | None, store: Store) -> Finding:

@@ -216,6 +216,16 @@ def test_a_gpu_that_is_lost_in_the_middle_of_a_read(nvml: FakeNvml, reader: Read
     known(reader.gpu().power_mw)
 
 
+@pytest.mark.parametrize("error", [1, 9, 15, 16, 18])
+def test_what_a_new_initialisation_may_mend_is_followed_by_one(
+    nvml: FakeNvml, reader: Reader, error: int
+):
+    nvml.set(DISCRETE, {"0.clock_mhz": f"!{error}"})
+    assert reader.gpu().clock_hz.status is ReadingStatus.ERROR
+    nvml.set(DISCRETE)
+    known(reader.gpu().clock_hz)
+
+
 def test_a_driver_that_is_loaded_late_is_found(nvml: FakeNvml, reader: Reader):
     nvml.set(DISCRETE, init="!9")
     snapshot = reader.read()

@@ -94,6 +94,7 @@ def thor(root: Path) -> None:
         {
             "etc/nv_tegra_release": RELEASE.format(major=39, rest="2.0"),
             "proc/meminfo": meminfo(128_790_528, 94_371_840),
+            "sys/class/devfreq/bwmgr/cur_freq": "2750000000\n",
             "sys/class/devfreq/gpu-gpc-0/cur_freq": "1575000000\n",
             "sys/class/devfreq/gpu-gpc-0/max_freq": "1575000000\n",
             "sys/class/hwmon/hwmon4/name": "ina238\n",
@@ -188,12 +189,12 @@ def _nvgpu(root: Path, load_permille: int) -> None:
         {
             f"{device}/load": f"{load_permille}\n",
             f"{device}/of_node/name": "gpu\0",
+            "sys/class/devfreq/15340000.vic/cur_freq": "115200000\n",
             f"{entry}/cur_freq": "612000000\n",
             f"{entry}/max_freq": "1020000000\n",
         },
     )
     (root / entry / "device").symlink_to("../..")
-    (root / "sys/class/devfreq").mkdir(parents=True)
     (root / "sys/class/devfreq/17000000.gpu").symlink_to(f"../../../{entry}")
     nodes(root, *ORIN_NODES)
 

@@ -159,6 +159,12 @@ def test_little_memory_and_waiting_for_it_are_warnings(tmp_path: Path):
     assert machine(tmp_path)["memory"].status is FindingStatus.OK
 
 
+def test_what_is_kept_for_huge_pages_is_named(tmp_path: Path):
+    pages = ("HugePages_Total:     512", "Hugepagesize:       2048 kB")
+    sysroots.put(tmp_path, {"proc/meminfo": sysroots.meminfo(7_789_568, 5_242_880, *pages)})
+    assert machine(tmp_path)["memory"].value.endswith(", 1.0 GiB kept for huge pages")
+
+
 # --- access
 
 
@@ -370,7 +376,7 @@ def test_the_sockets_directory(runtime_root: Path):
     (runtime_root / "run").mkdir()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(runtime_root / "run" / "api.sock"))
-        assert not host.daemon_listens(environ)  # a dead daemon's
+        assert host.find_daemon(environ) is None  # a dead daemon's
         server.listen()
         assert host.check_sockets(environ).value.endswith("a daemon listens")
     long = host.check_sockets({"RUNTIME_DIRECTORY": f"/{'x' * 96}"})
@@ -378,6 +384,17 @@ def test_the_sockets_directory(runtime_root: Path):
     assert host.check_sockets({"RUNTIME_DIRECTORY": f"/{'x' * 95}"}).value.count("bytes") == 0
     unset = host.check_sockets({})
     assert (unset.status, "XDG_RUNTIME_DIR" in unset.hint) == (FindingStatus.WARN, True)
+
+
+def test_the_systems_daemon_is_found_from_any_session(runtime_root: Path, monkeypatch):
+    monkeypatch.setattr(host, "SYSTEM_RUNTIME_DIR", runtime_root)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(runtime_root / "api.sock"))
+        server.listen()
+        for environ in ({}, {"XDG_RUNTIME_DIR": "/nowhere"}):
+            assert host.check_sockets(environ) == good(
+                "sockets", f"{runtime_root}: a daemon listens"
+            )
 
 
 @pytest.fixture
@@ -525,6 +542,8 @@ def test_every_backend_has_its_libraries_and_its_extra():
     [
         ("2026.10.11549", "2026.10", True),
         ("2026.10", "2026.10", True),
+        ("2026.10", "2026.10.0", True),
+        ("2026.10", "2026.10.1", False),
         ("2026.9.99", "2026.10", False),
         ("0.11.0", "0.9", True),
         ("None", "1", False),

@@ -20,7 +20,11 @@ enum {
   UNINITIALIZED = 1,
   INVALID_ARGUMENT = 2,
   NOT_SUPPORTED = 3,
-  INSUFFICIENT_SIZE = 7
+  INSUFFICIENT_SIZE = 7,
+  DRIVER_NOT_LOADED = 9,
+  GPU_IS_LOST = 15,
+  RESET_REQUIRED = 16,
+  LIB_RM_VERSION_MISMATCH = 18
 };
 
 typedef int result;
@@ -52,6 +56,12 @@ static result look_up(const char *key, char *value, size_t size) {
   return answer;
 }
 
+/* After these nothing but a new initialisation helps. */
+static int is_final(result answer) {
+  return answer == UNINITIALIZED || answer == DRIVER_NOT_LOADED || answer == GPU_IS_LOST ||
+         answer == RESET_REQUIRED || answer == LIB_RM_VERSION_MISMATCH;
+}
+
 static result ready(void) {
   char value[512];
   result failure = look_up("fail", value, sizeof value);
@@ -63,6 +73,7 @@ static result text(const char *key, char *out, unsigned int size) {
   char value[512];
   result answer = ready();
   if (answer == SUCCESS) answer = look_up(key, value, sizeof value);
+  if (is_final(answer)) initialised_in = 0;
   if (answer != SUCCESS) return answer;
   if (strlen(value) + 1 > size) return INSUFFICIENT_SIZE;
   strcpy(out, value);
