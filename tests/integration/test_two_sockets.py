@@ -1,6 +1,8 @@
 """What each socket serves, and engines through their loads and unloads."""
 
 import json
+import os
+import signal
 
 import grpc
 import pytest
@@ -100,6 +102,15 @@ def test_an_engine_is_watched_through_load_and_unload(engine_store, client, admi
     ]
     assert client.engines.GetEngine(engine_pb.GetEngineRequest(name=ENGINE)).engine == gone
     assert list(client.engines.ListEngines(engine_pb.ListEnginesRequest()).engines) == [gone]
+
+
+def test_a_worker_that_does_not_go_is_killed_before_an_unload_is_told(daemon, admin):
+    daemon.configure(f"{BASE_CONFIG}scheduling: {{unload_timeout: 1s}}\n")
+    admin.system.ReloadConfig(system_pb.ReloadConfigRequest(), timeout=20)
+    pid = load(admin).worker.pid
+    os.kill(pid, signal.SIGSTOP)
+    assert unload(admin).state == engine_pb.ENGINE_STATE_INSTALLED
+    assert is_gone(pid)
 
 
 def test_a_busy_engine_is_not_unloaded(client, admin):
