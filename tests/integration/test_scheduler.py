@@ -1,9 +1,10 @@
 """The scheduler with real workers: loads on demand, makes room, and survives what breaks."""
 
 import asyncio
+import contextlib
 import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,16 @@ class Asked:
     async def give_up(self) -> None:
         self.task.cancel()
         await asyncio.wait([self.task])
+
+
+@contextlib.contextmanager
+def frozen(worker: int) -> Iterator[None]:
+    """Its steps stay where they are, and it takes no processor time from the others."""
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(worker, signal.SIGCONT)
 
 
 def pid(scheduler: Scheduler, name: str) -> int:
@@ -262,9 +273,10 @@ class TestMakingRoom:
         async def scenario(scheduler: Scheduler) -> dict[str, EngineState]:
             busy = Asked(scheduler, "alpha", endless=True)
             await busy.begun.wait()
-            await Asked(scheduler, "beta").task  # used later, but idle
-            await Asked(scheduler, "gamma").task
-            states = {info.name: info.state for info in scheduler.engines()}
+            with frozen(pid(scheduler, "alpha")):
+                await Asked(scheduler, "beta").task  # used later, but idle
+                await Asked(scheduler, "gamma").task
+                states = {info.name: info.state for info in scheduler.engines()}
             await busy.give_up()
             return states
 
@@ -309,13 +321,16 @@ class TestFailures:
             for each in (*busy, other):
                 await each.begun.wait()
             killed = pid(scheduler, "alpha")
-            os.kill(killed, signal.SIGKILL)
-            for each in busy:
-                with pytest.raises(WorkerError) as caught:
-                    await each.task
-                assert (caught.value.reason, caught.value.retryable) == ("WORKER_LOST", True)
-            failed = await until(scheduler, "alpha", lambda info: info.state is EngineState.FAILED)
-            await Asked(scheduler, "alpha").task
+            with frozen(pid(scheduler, "beta")):
+                os.kill(killed, signal.SIGKILL)
+                for each in busy:
+                    with pytest.raises(WorkerError) as caught:
+                        await each.task
+                    assert (caught.value.reason, caught.value.retryable) == ("WORKER_LOST", True)
+                failed = await until(
+                    scheduler, "alpha", lambda info: info.state is EngineState.FAILED
+                )
+                await Asked(scheduler, "alpha").task
             assert not other.task.done()
             await other.give_up()
             return failed, killed, pid(scheduler, "alpha")
