@@ -79,7 +79,7 @@ def check_disk(name: str, directory: Path) -> Finding:
     free = status.f_bavail * status.f_frsize
     value = f"{size_text(free)} free in {directory}"
     if not os.access(existing, os.W_OK | os.X_OK):
-        hint = f"give this user {existing}, or run doctor as the daemon's user"
+        hint = f"run doctor as the daemon's user, or let this user write to {directory}"
         return warn(name, f"{value}: may not write", hint)
     if status.f_flag & os.ST_RDONLY:
         return warn(name, f"{value}: read-only", "mount it for writing")
@@ -107,7 +107,7 @@ def check_sockets(environ: Mapping[str, str]) -> Finding:
         return warn("sockets", value, "serve --runtime-dir with a shorter path")
     existing = _nearest_existing(directory)
     if not os.access(existing, os.W_OK | os.X_OK):
-        hint = f"give this user {existing}, or run doctor as the daemon's user"
+        hint = f"run doctor as the daemon's user, or let this user write to {directory}"
         return warn("sockets", f"{directory}: may not write", hint)
     return good("sockets", f"{directory}: no daemon listens")
 

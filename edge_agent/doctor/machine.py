@@ -175,7 +175,9 @@ def _swap(machine: tegra.Machine, swaps: Reading[tuple[procfs.Swap, ...]]) -> Fi
     disk = sum(swap.size_bytes for swap in swaps.value if not swap.is_zram)
     parts = [f"{size_text(disk)} on disk"] if disk else []
     parts += [f"{size_text(zram)} in zram"] if zram else []
-    value = ", ".join(parts) or "none"
+    value = ", ".join(parts)
+    if not value:
+        return good("swap", "none")
     return good(
         "swap", f"{value} (the GPU's memory is never swapped)" if machine.is_jetson else value
     )

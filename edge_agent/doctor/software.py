@@ -70,7 +70,7 @@ def read_settings(
 def read_store(directory: Path | None) -> Store:
     """The engines in the store, which need not exist yet."""
     if directory is None:
-        return Store(problem="no state directory: set HOME, XDG_STATE_HOME or engines_dir")
+        return Store(problem="no directory for them")
     catalogue = Catalogue(directory)
     try:
         return Store(catalogue.list(), catalogue.problems())
@@ -91,7 +91,9 @@ def check_engines(
     """The store, then every engine in it or named by the configuration."""
     directory = settings.store
     if store.problem:
-        hint = f"`ls -ld {directory}` shows whose it is; the daemon must be able to read it"
+        hint = "set HOME, XDG_STATE_HOME or engines_dir"
+        if directory is not None:
+            hint = f"`ls -ld {directory}` shows whose it is; the daemon must be able to read it"
         return [fail("engines", store.problem, hint)]
     installed = {manifest.name: manifest for manifest in store.engines}
     needed = settings.needed

@@ -42,7 +42,9 @@ def meminfo(total_kb: int, available_kb: int, *more: str) -> str:
 
 def orin_nano(root: Path) -> None:
     """Orin Nano 8GB developer kit, JetPack 7.2."""
-    _jetson(root, "Jetson Orin Nano Engineering Reference Developer Kit Super", "p3767-0005", 234)
+    _jetson(
+        root, "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "p3767-0005", 234
+    )
     zram = "SwapTotal:       3894784 kB", "SwapFree:        3894784 kB"
     cma = "CmaTotal:         262144 kB", "CmaFree:          200000 kB"
     nvmap = ("NvMapMemUsed:    1048576 kB",)

@@ -44,7 +44,7 @@ def made(tmp_path: Path, profile: str) -> Path:
 def test_an_orin_nano_is_described_line_by_line(tmp_path: Path):
     found = machine(made(tmp_path, "orin_nano"))
     assert {name: finding.value for name, finding in found.items()} == {
-        "jetson": "Jetson Orin Nano Engineering Reference Developer Kit Super (tegra234)",
+        "jetson": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super (tegra234)",
         "module": "Orin Nano 8GB (developer kit) (p3767-0005)",
         "l4t": "R39.2.0, JetPack 7.2+b96",
         "power_mode": "MAXN_SUPER (2)",
@@ -512,6 +512,14 @@ def test_a_store_that_can_not_be_read_fails(tmp_path: Path):
     (tmp_path / "store").write_text("a file")
     found = engines(tmp_path, tmp_path / "store")
     assert {name: finding.status for name, finding in found.items()} == {"engines": "fail"}
+
+
+def test_without_a_directory_for_engines_the_variables_are_named():
+    settings = software.read_settings(None, None, {"HOME": "relative"})
+    assert (settings.finding.status, settings.store) == (FindingStatus.FAIL, None)
+    store = software.read_store(settings.store)
+    (found,) = software.check_engines(settings, store, None, daemon_runs=False)
+    assert (found.status, found.hint) == ("fail", "set HOME, XDG_STATE_HOME or engines_dir")
 
 
 def test_a_wrong_configuration_fails_with_all_that_is_wrong(tmp_path: Path):
