@@ -71,14 +71,15 @@ def check_schemas(
     if output_schema_json:
         named.append(("the output schema", "", output_schema_json))
     for what, tool_name, schema_json in named:
+        invalid = _meta_complaint(schema_json)
+        if invalid is not None:
+            _refuse("SCHEMA_INVALID", f"{what}: {invalid}", tool=tool_name, detail=invalid)
         complaint = unenforceable(schema_json)
         if complaint is not None:
-            invalid = _meta_complaint(schema_json)
-            reason = "SCHEMA_INVALID" if invalid else "SCHEMA_UNSUPPORTED"
-            text = invalid or complaint
-            _refuse(reason, f"{what}: {text}", tool=tool_name, detail=text)
+            _refuse("SCHEMA_UNSUPPORTED", f"{what}: {complaint}", tool=tool_name, detail=complaint)
 
 
+@functools.lru_cache(maxsize=_CACHED_SCHEMAS)
 def _meta_complaint(schema_json: str) -> str | None:
     """What makes this no JSON Schema at all; None if it is one."""
     schema = json.loads(schema_json)

@@ -4,6 +4,7 @@ Owns the strategies (`ranked`, `schema`) and the token budget. Knows no protocol
 the backend underneath decodes.
 """
 
+import functools
 import json
 import threading
 import time
@@ -38,6 +39,9 @@ _LEAD = " "
 _CACHED_BASELINES = 32
 _MIN_OUTPUT_TOKENS = 16
 """Room that must be left for an answer when the caller named no maximum."""
+_CACHED_SCHEMAS = 512
+_SAMPLE_CHARACTERS_PER_TOKEN = 16
+"""Far more than a token has, on average: a text that is longer is measured by its beginning."""
 
 
 class StepDecoder:
@@ -52,6 +56,7 @@ class StepDecoder:
             manifest, lambda text, markers: backend.tokenize(text, markers=markers)
         )
         self._render_lock = threading.Lock()
+        self._check_schema = functools.lru_cache(_CACHED_SCHEMAS)(backend.check_schema)
         self._baselines: OrderedDict[tuple[Tool, ...], dict[str, float]] = OrderedDict()
 
     def decide(self, request: StepRequest, cancel: threading.Event, on_text: OnText) -> StepResult:
@@ -67,9 +72,11 @@ class StepDecoder:
             StepFailed: the request can't be decided by this engine; says why.
         """
         _refuse_blobs(request)
-        schemas.check_schemas(request.tools, request.output_schema_json, self._backend.check_schema)
+        self._refuse_hopeless(request)
+        schemas.check_schemas(request.tools, request.output_schema_json, self._check_schema)
         with self._render_lock:
             prompt = self._renderer.render(request.messages, request.tools)
+        self._output_budget(len(prompt), request.max_output_tokens)  # before the heads take time
         needed = len(prompt) + self._longest_head(request)
         max_tokens = self._output_budget(needed, request.max_output_tokens)
         step = _Step(self._backend, self._manifest, request, prompt, max_tokens, cancel, on_text)
@@ -89,6 +96,18 @@ class StepDecoder:
         with self._render_lock:
             return self._renderer.plain(text)
 
+    def _refuse_hopeless(self, request: StepRequest) -> None:
+        """Refuse a message whose beginning alone is too long: to tokenise 4 MiB takes seconds."""
+        sample = self._context_tokens * _SAMPLE_CHARACTERS_PER_TOKEN
+        for message in request.messages:
+            text = message.text
+            characters = sample
+            while characters < len(text):
+                tokens = len(self._plain(text[:characters]))
+                if tokens > self._context_tokens:
+                    self._output_budget(tokens, request.max_output_tokens, "at least ")
+                characters *= 2
+
     def _longest_head(self, request: StepRequest) -> int:
         """Tokens that come before what is decoded, and are part of the prompt then."""
         heads = [_ANSWER_HEAD] if request.tools else []
@@ -98,7 +117,7 @@ class StepDecoder:
             heads += [_call_head(tool.name) for tool in request.tools]
         return max((len(self._plain(head)) for head in heads), default=0)
 
-    def _output_budget(self, prompt_tokens: int, wanted: int | None) -> int:
+    def _output_budget(self, prompt_tokens: int, wanted: int | None, about: str = "") -> int:
         """How many tokens may be generated; refuses rather than cuts anything."""
         context, ceiling = self._context_tokens, self._manifest.max_output_tokens
         numbers = {
@@ -112,8 +131,8 @@ class StepDecoder:
         needed = _MIN_OUTPUT_TOKENS if wanted is None else wanted
         if prompt_tokens + needed > context:
             message = (
-                f"the prompt has {prompt_tokens} tokens and {needed} are needed for the output, "
-                f"but the engine's context holds {context}"
+                f"the prompt has {about}{prompt_tokens} tokens and {needed} are needed for the "
+                f"output, but the engine's context holds {context}"
             )
             raise StepFailed(RunError("PROMPT_TOO_LONG", message, metadata=numbers))
         return min(ceiling, context - prompt_tokens) if wanted is None else wanted

@@ -132,6 +132,9 @@ class TestRefusals:
             ({"type": "object", "required": "lamp"}, "lamp"),
             ({"$schema": "https://example.com/dialect", "type": "object"}, "example.com/dialect"),
             ({"$schema": 7, "not": {}}, "7"),
+            # The grammar engine would take these: it does not look at what is for people.
+            ({"type": "string", "description": ["x"]}, '"x"'),
+            ({"type": "object", "title": 5}, "5"),
         ],
     )
     def test_tells_what_is_no_schema_from_what_cannot_be_enforced(

@@ -293,6 +293,23 @@ class TestBudget:
         assert int(error.metadata["prompt_tokens"]) > 2100
         assert decide.backend.completions == []
 
+    def test_a_text_far_too_long_is_measured_by_its_beginning(self):
+        decide = Decided()
+        tokenized: list[int] = []
+
+        def tokenize(text: str, *, markers: bool) -> list[int]:
+            tokenized.append(len(text))
+            return ToyBackend().tokenize(text, markers=markers)
+
+        decide.backend.tokenize = tokenize  # type: ignore[method-assign]  # the real one, watched
+        with pytest.raises(StepFailed) as caught:
+            decide(said(Role.USER, "x" * 4_000_000))
+        error = caught.value.error
+        assert error.reason == "PROMPT_TOO_LONG"
+        assert "at least 32768 tokens" in error.message
+        assert error.metadata["prompt_tokens"] == "32768"
+        assert max(tokenized) == CONTEXT_TOKENS * 16
+
     def test_more_output_than_the_engines_maximum_is_refused(self):
         error = Decided().refused(max_output_tokens=1025)
         assert (error.reason, error.metadata["max_output_tokens"]) == (
