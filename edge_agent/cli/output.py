@@ -20,6 +20,7 @@ _HINTS = {
     "CONFIG_INVALID": "correct the file; config.example.yaml shows every key",
     "DAEMON_UNREACHABLE": "start it with `edge-agent serve`, or name its socket with --socket",
     "ENGINE_NOT_FOUND": "`edge-agent engines list` shows what is installed",
+    "SOCKET_FORBIDDEN": "call it as root, or become a member of the socket's group",
     "HALTED": "`edge-agent halt list` shows why, `edge-agent halt clear ID` lifts it",
 }
 

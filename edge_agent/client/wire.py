@@ -14,7 +14,7 @@ from edge_agent.api import convert_client as convert
 from edge_agent.api.convert_client import RunOptions
 from edge_agent.api.convert_error import DETAILS_KEY, error_of
 from edge_agent.core import Event, Message, Tool
-from edge_agent.errors import EdgeAgentError, Unavailable
+from edge_agent.errors import EdgeAgentError, PermissionDenied, Unavailable
 from edge_agent.v1 import run_service_pb2 as run_pb
 
 Goal = str | Sequence[Message]
@@ -63,9 +63,21 @@ def typed_errors(address: str) -> Iterator[None]:
         metadata = dict(call.trailing_metadata() or ())
         details = metadata.get(DETAILS_KEY)
         if details is None and call.code() is grpc.StatusCode.UNAVAILABLE:
+            if _is_forbidden(address):
+                raise PermissionDenied(
+                    f"no right to call {address}: it is for its user and group",
+                    reason="SOCKET_FORBIDDEN",
+                    metadata={"address": address},
+                ) from raised
             raise Unavailable(
                 f"no daemon answers at {address}",
                 reason="DAEMON_UNREACHABLE",
                 metadata={"address": address, "cause": call.details()},
             ) from raised
         raise error_of(call.code().name, call.details() or "", details) from raised
+
+
+def _is_forbidden(address: str) -> bool:
+    """Whether this is a socket that we may not write to: gRPC does not tell that from an absent one."""
+    path = address.removeprefix("unix:")
+    return os.access(path, os.F_OK) and not os.access(path, os.W_OK)

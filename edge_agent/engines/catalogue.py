@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from edge_agent.engines import store
+from edge_agent.engines import seal, store
 from edge_agent.engines.manifest import (
     MANIFEST_NAME,
     NAME,
@@ -89,6 +89,8 @@ class Catalogue:
     def verify(self, name: str, progress: Callable[[float], None]) -> tuple[FieldViolation, ...]:
         """Files whose size or SHA-256 is not the manifest's; reads every byte.
 
+        What is found also decides whether the next load reads them again (see `seal`).
+
         Args:
             name: of the engine.
             progress: told the fraction done, 0 to 1.
@@ -118,6 +120,7 @@ class Catalogue:
                 advance(spec.size_bytes)
             if wrong is not None:
                 found.append(wrong)
+        seal.renew(self.root / name, manifest, right=not found)
         return tuple(found)
 
     def remove(self, name: str, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
@@ -154,7 +157,7 @@ class Catalogue:
                 engines.append(_read(self.root / name))
             except ManifestError as error:
                 if os.path.lexists(self.root / name):  # else it was removed meanwhile
-                    broken.append(BrokenEngine(name, error.message))
+                    broken.append(BrokenEngine(_printable(name), _printable(error.message)))
         return tuple(engines), tuple(broken)
 
     def _names(self) -> Sequence[str]:
@@ -176,8 +179,12 @@ def _read(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not _is_directory(directory):
         raise ManifestError(f"{directory}: must be a directory")
+    if path.is_symlink():
+        raise ManifestError(f"{path}: must be a regular file, no link")
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ManifestError(f"{path}: must be a regular file")
             raw = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}") from error
@@ -190,6 +197,16 @@ def _read(directory: Path) -> Manifest:
     if manifest.name != directory.name:
         raise ManifestError(f"{path}: name {manifest.name!r}, must be the directory's name")
     return manifest
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that nobody writes to would hold up the daemon."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _printable(text: str) -> str:
+    """A file's name may be no text at all; what is told about it is."""
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _is_directory(path: Path) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from edge_agent.engines import store, wheel
+from edge_agent.engines import seal, store, wheel
 from edge_agent.engines.catalogue import LOCK_TIMEOUT_S, Catalogue
 from edge_agent.engines.manifest import (
     MANIFEST_NAME,
@@ -213,6 +213,7 @@ def _copy_all(manifest: Manifest, opener: Opener, staged: Path, meter: _Meter) -
 
 def _finish(staged: Path, manifest: Manifest) -> None:
     """Write the manifest last, then make every name durable."""
+    seal.write(staged, manifest)
     store.write_file(staged / MANIFEST_NAME, encode_manifest(manifest))
     for directory in {staged, *(path for path in staged.rglob("*") if path.is_dir())}:
         store.sync_directory(directory)

@@ -19,6 +19,7 @@ SCHEMA: Final = 1
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 MANIFEST_NAME: Final = "manifest.json"
+SEAL_NAME: Final = ".seal.json"
 MAX_PATH_BYTES: Final = 200
 
 BackendName = Literal["llama_cpp"]
@@ -184,12 +185,13 @@ def check_path(path: str) -> None:
 
 
 def _check_files(paths: list[str]) -> None:
-    """No two files in one place, and none where the manifest goes."""
+    """No two files in one place, and none where the manifest or the seal goes."""
     for path in paths:
         check_path(path)
-    for path in [*paths, MANIFEST_NAME]:
+    taken = [*paths, MANIFEST_NAME, SEAL_NAME]
+    for path in taken:
         above = {str(parent) for parent in PurePosixPath(path).parents}
-        if [*paths, MANIFEST_NAME].count(path) > 1 or above.intersection([*paths, MANIFEST_NAME]):
+        if taken.count(path) > 1 or above.intersection(taken):
             raise ManifestError(
                 f"files: path {path!r} is taken by another file or the manifest",
                 metadata={"path": path},
@@ -204,7 +206,7 @@ def decode_manifest(raw: bytes) -> Manifest:
     """
     try:
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ManifestError(f"manifest.json: {error}") from error
     manifest.check()
     return manifest

@@ -18,7 +18,7 @@ from edge_agent.backends import create_backend
 from edge_agent.backends.base import Backend, Cancelled, LoadOptions
 from edge_agent.core import RunError
 from edge_agent.decoding.steps import StepDecoder
-from edge_agent.engines import protocol
+from edge_agent.engines import protocol, seal
 from edge_agent.engines.outbox import Outbox
 from edge_agent.errors import EdgeAgentError, StepFailed
 
@@ -79,9 +79,11 @@ class Worker:
         started_s = time.monotonic()
         try:
             backend: Backend = create_backend(load.manifest.backend.name)
+            directory = Path(load.directory)
+            seal.require_unchanged(directory, load.manifest)
             backend.load(
                 load.manifest,
-                Path(load.directory),
+                directory,
                 LoadOptions(
                     slots=options.slots,
                     context_tokens=options.context_tokens,

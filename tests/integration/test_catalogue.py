@@ -40,6 +40,13 @@ class TestListing:
             ("echo '{' > manifest.json", "manifest.json: Input data was truncated"),
             ("sed -i s/tiny/other/ manifest.json", "name 'other', must be the directory's name"),
             ("head -c 2000000 /dev/zero > manifest.json", "larger than 1048576 bytes"),
+            ("head -c 500000 /dev/zero | tr '\\0' '[' > manifest.json", "Expected `object`"),
+            ("printf '\\377' > manifest.json", "manifest.json: "),
+            ("rm manifest.json && mkfifo manifest.json", "must be a regular file"),
+            (
+                "rm manifest.json && ln -s /dev/zero manifest.json",
+                "must be a regular file, no link",
+            ),
         ],
     )
     def test_a_broken_engine_is_reported_and_not_listed(
@@ -68,6 +75,12 @@ class TestListing:
         assert [problem.name for problem in catalogue.problems()] == ["readme", NAME]
         with pytest.raises(NotFound):
             catalogue.directory(NAME)
+
+    def test_a_name_that_is_no_text_is_told_as_text(self, catalogue: Catalogue):
+        os.mkdir(os.fsencode(catalogue.root) + b"/caf\xe9\n")  # noqa: PTH102 - bytes
+        (broken,) = catalogue.problems()
+        assert broken.name == "caf??"
+        assert broken.description.encode()
 
     def test_an_unknown_name_names_the_installed_ones(self, catalogue: Catalogue):
         for ask in (catalogue.get, catalogue.directory, catalogue.quick_check, catalogue.remove):
