@@ -101,15 +101,16 @@ def check_engines(
     findings += [_not_installed(n, k) for n, k in needed.items() if n not in _all_names(store)]
     findings += [_broken(each, needed) for each in store.broken]
     before = 0
-    for name in [*(n for n in settings.config.preload if n in installed), *installed]:
-        if any(finding.name == f"engine/{name}" for finding in findings):
-            continue
+    preloaded = [name for name in settings.config.preload if name in installed]
+    for name in dict.fromkeys([*preloaded, *installed]):
         manifest = installed[name]
-        room = None if available_bytes is None else available_bytes - before
+        room = available_bytes
+        if name in preloaded:  # one after the other, and they stay; any other may take their place
+            room = None if available_bytes is None else available_bytes - before
+            before += manifest.memory.steady_bytes
         findings.append(
             _check_engine(manifest, directory, room, needed.get(name), daemon_runs=daemon_runs)
         )
-        before += manifest.memory.steady_bytes if name in settings.config.preload else 0
     findings += [
         warn(f"engine/{name}", "not installed; named by engines", "remove it from engines")
         for name in settings.config.engines
@@ -158,16 +159,18 @@ def _check_backend(name: str, settings: Settings, store: Store, deadline_s: floa
 def _summary(directory: Path | None, store: Store) -> Finding:
     if store.engines:
         return good("engines", f"{len(store.engines)} in {directory}")
-    hint = f"`edge-agent engines install {_some_recipe()} --store {directory}`"
+    hint = f"`edge-agent engines install {_recipes()[0]} --store {directory}`"
     return warn("engines", f"none in {directory}", hint)
 
 
-def _some_recipe() -> str:
-    return min((path.stem for path in paths.recipes_dir().glob("*.yaml")), default="NAME")
+def _recipes() -> list[str]:
+    return sorted(path.stem for path in paths.recipes_dir().glob("*.yaml")) or ["NAME"]
 
 
 def _not_installed(name: str, key: str) -> Finding:
-    hint = f"`edge-agent engines install {name}`, or take it out of {key}"
+    known = name in _recipes()
+    command = f"`edge-agent engines install {name if known else 'PATH'}`"
+    hint = f"{command}{'' if known else ' with its recipe'}, or take it out of {key}"
     return fail(f"engine/{name}", f"not installed; named by {key}", hint)
 
 

@@ -201,7 +201,7 @@ def test_an_existing_user_and_group_are_taken(service):
             "/run/edge-agent/api.sock",
         )
         assert "READY" in service.run("runuser", "-u", "robot", "--", *command)
-        with pytest.raises(AssertionError, match="rc 1"):
+        with pytest.raises(AssertionError, match="become a member of the socket's group"):
             service.run("runuser", "-u", "nobody", "--", *command)
     finally:
         service.run("systemctl", "stop", UNIT)

@@ -471,6 +471,12 @@ def test_preloaded_engines_must_fit_beside_each_other(tmp_path: Path, store: Pat
     assert found["engine/other"].status is FindingStatus.FAIL
 
 
+def test_what_is_not_preloaded_may_take_the_place_of_what_is(tmp_path: Path, store: Path):
+    install_engine(store, tmp_path / "other", name="other")
+    found = engines(tmp_path, store, "preload: [tiny]", room=2_000_000)
+    assert {found["engine/tiny"].status, found["engine/other"].status} == {FindingStatus.OK}
+
+
 def test_unknown_memory_makes_fitting_unknown(tmp_path: Path, store: Path):
     assert engines(tmp_path, store, room=None)["engine/tiny"].status is FindingStatus.UNKNOWN
 
@@ -480,8 +486,14 @@ def test_a_named_engine_that_is_not_installed_fails(tmp_path: Path, store: Path,
     found = engines(tmp_path, store, config)["engine/absent"]
     assert (found.status, found.hint.split(",")[0]) == (
         FindingStatus.FAIL,
-        "`edge-agent engines install absent`",
+        "`edge-agent engines install PATH` with its recipe",
     )
+
+
+def test_a_named_engine_with_a_recipe_of_ours_is_installed_by_its_name(tmp_path: Path, store: Path):
+    name = "smollm2-135m-instruct"
+    found = engines(tmp_path, store, f"preload: [{name}]")[f"engine/{name}"]
+    assert found.hint == f"`edge-agent engines install {name}`, or take it out of preload"
 
 
 def test_an_override_of_no_engine_is_a_warning(tmp_path: Path, store: Path):
