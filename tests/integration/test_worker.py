@@ -33,6 +33,7 @@ from edge_agent.core import (
     ToolExample,
 )
 from edge_agent.decoding.steps import StepDecoder
+from edge_agent.engines import protocol
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.host import EngineHost, Sequence, WorkerSettings
 from edge_agent.errors import LoadFailed, StepFailed, WorkerError
@@ -453,6 +454,13 @@ class TestLoadFailures:
         with pytest.raises(LoadFailed, match=manifest.model) as caught:
             run(scenario())
         assert caught.value.reason == "ENGINE_LOAD_FAILED"
+
+    def test_a_worker_of_another_release_is_refused_by_its_version(
+        self, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(protocol, "PROTOCOL_VERSION", 99)  # of this end only
+        with pytest.raises(LoadFailed, match="the worker speaks protocol 1"):
+            run(started(catalogue))
 
     def test_giving_up_a_load_ends_the_process(self, catalogue: Catalogue):
         async def scenario() -> int:
