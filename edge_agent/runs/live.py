@@ -17,6 +17,7 @@ from edge_agent.core import (
     Snapshot,
     StateChanged,
 )
+from edge_agent.errors import InvalidRequest
 from edge_agent.runs.log import EventLog
 from edge_agent.wakeup import Wakeup
 
@@ -81,8 +82,16 @@ class LiveRun:
         """A snapshot, then every event after `after_sequence` (None: after the snapshot).
 
         Text that gathered while the reader was busy comes as one delta.
+
+        Raises:
+            InvalidRequest: `after_sequence` is above the last event, so nobody can know it.
         """
         snapshot = self.snapshot()
+        if after_sequence is not None and after_sequence > snapshot.sequence:
+            last = snapshot.sequence
+            raise InvalidRequest.field(
+                "after_sequence", f"{after_sequence} is above {last}, the run's last event"
+            )
         yield Event(snapshot.id, snapshot.sequence, Snapshot(snapshot))
         after = snapshot.sequence if after_sequence is None else after_sequence
         while True:

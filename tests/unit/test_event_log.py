@@ -19,6 +19,7 @@ from edge_agent.core import (
     StateChanged,
     TextDelta,
 )
+from edge_agent.errors import InvalidRequest
 from edge_agent.runs.live import LiveRun
 from edge_agent.runs.log import EventLog, TextSpan
 
@@ -196,14 +197,15 @@ class TestFollowing:
 
             for each in happenings[:joins]:
                 happen(each)
-            whole, resumed = live.follow(None), live.follow(after)
+            known = min(after, len(happenings) + 1)
+            whole, resumed = live.follow(None), live.follow(known)
             first = await anext(whole)
             for each in happenings[joins:]:
                 happen(each)
             live.finish(state=RunState.SUCCEEDED, answer="")
             events = [first, *await collect(whole)]
             _, *rest = await collect(resumed)
-            assert rest == list(live._log.since(after))
+            assert rest == list(live._log.since(known))
             return events, len(happenings)
 
         events, count = asyncio.run(scenario())
@@ -218,6 +220,17 @@ class TestFollowing:
         open_before = merged(naive.events[: min(joins, count)])[-1:]
         expected = open_before[0] if open_before else None
         assert step_text == (expected.text if isinstance(expected, TextDelta) else "")
+
+    def test_an_event_that_has_not_happened_can_not_be_known(self):
+        async def scenario() -> None:
+            live = live_run()
+            live.emit(OTHER)
+            assert (await anext(live.follow(1))).sequence == 1
+            for unknown in (2, 2**64 - 1):
+                with pytest.raises(InvalidRequest, match="is above 1, the run's last event"):
+                    await anext(live.follow(unknown))
+
+        asyncio.run(scenario())
 
     def test_a_reader_that_left_costs_nothing_and_stops_nobody(self):
         async def scenario() -> list[Event]:
