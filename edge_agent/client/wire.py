@@ -78,6 +78,6 @@ def typed_errors(address: str) -> Iterator[None]:
 
 
 def _is_forbidden(address: str) -> bool:
-    """Whether this is a socket that we may not write to: gRPC does not tell that from an absent one."""
+    """Whether this is a socket that we may not write to; to gRPC it is as good as absent."""
     path = address.removeprefix("unix:")
     return os.access(path, os.F_OK) and not os.access(path, os.W_OK)
