@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -69,11 +70,24 @@ class Reader:
         return [each for write in self.writes for each in write if isinstance(each, Batch)]
 
 
+class LookingOutbox(Outbox):
+    """Tells when its writer has looked whether an engine step is complete."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self.looked = threading.Event()
+        super().__init__(*arguments, **named)
+
+    def _step_complete(self) -> bool:
+        complete = super()._step_complete()
+        self.looked.set()
+        return complete
+
+
 @contextmanager
 def running(
     reader: Reader, backlog_tokens: int = 1000, backlog_s: float = 1000.0
-) -> Iterator[Outbox]:
-    outbox = Outbox(
+) -> Iterator["LookingOutbox"]:
+    outbox = LookingOutbox(
         reader.send, backlog_tokens=backlog_tokens, backlog_s=backlog_s, clock=reader.clock
     )
     thread = threading.Thread(target=outbox.run)
@@ -135,7 +149,9 @@ def test_the_first_text_of_an_engine_step_waits_a_moment_for_the_others(monkeypa
             outbox.delta(1, "a", 1)
             outbox.delta(2, "b", 1)
         reader.wait_for_writes(2)
-        outbox.delta(1, "c", 1)  # alone it would be sent after the window only
+        outbox.looked.clear()
+        outbox.delta(1, "c", 1)
+        assert outbox.looked.wait(WAIT_S)  # whether the step is complete: it is not
         outbox.delta(2, "d", 1)
         reader.wait_for_writes(3)
     assert reader.batches()[1] == Batch((Delta(1, "c", 1), Delta(2, "d", 1)))

@@ -212,6 +212,17 @@ class TestRanking:
         assert result.tool_margin is not None
         assert result.tool_margin > 0.5
 
+    def test_arguments_outside_their_schema_are_no_call(self):
+        decide = self.decided("set_lamp")
+        decide.backend.writes = lambda _prompt: [' {"on": 7}']
+        assert decide.refused(tools=(LAMP, STOP)).reason == "OUTPUT_INVALID"
+
+    def test_arguments_that_are_cut_are_no_call(self):
+        decide = self.decided("set_lamp")
+        decide.backend.writes = lambda _prompt: [' {"on":', " true}"]
+        error = decide.refused(tools=(LAMP, STOP), max_output_tokens=1)
+        assert error.reason == "OUTPUT_TRUNCATED"
+
     def test_what_is_likely_whatever_is_asked_does_not_count(self):
         """Both texts prefer `stop`; the goal says nothing for it, so it is not ahead."""
         decide = self.decided("stop", otherwise="stop")
