@@ -189,6 +189,16 @@ def test_several_gpus_are_kept_apart(nvml: FakeNvml, reader: Reader):
     assert second.memory_total_bytes.status is ReadingStatus.UNSUPPORTED
 
 
+def test_a_gpu_that_can_not_be_opened_leaves_the_others(nvml: FakeNvml, reader: Reader):
+    nvml.set(DISCRETE, {"count": 2, "0.handle": "!4", "1.name": "second"})
+    first, second = reader.read().gpus.value or ()
+    for name in METRICS.values():
+        reading = getattr(first, name)
+        assert (reading.value, reading.source) == (None, "nvmlDeviceGetHandleByIndex")
+    assert first.integrated.status is ReadingStatus.ERROR
+    assert known(second.name) == "second"
+
+
 def test_a_value_changes_while_the_process_runs(nvml: FakeNvml, reader: Reader):
     for percent in (37, 91, 0):
         nvml.set(THOR, {"0.utilisation": percent})

@@ -154,6 +154,13 @@ def test_little_memory_and_waiting_for_it_are_warnings(tmp_path: Path):
     assert machine(tmp_path)["memory"].status is FindingStatus.OK
 
 
+@pytest.mark.parametrize("missing", ["MemTotal", "MemAvailable"])
+def test_which_half_of_the_memory_is_unknown_is_named(tmp_path: Path, missing: str):
+    lines = sysroots.meminfo(1000, 500).replace(missing, "Other")
+    sysroots.put(tmp_path, {"proc/meminfo": lines})
+    assert machine(tmp_path)["memory"].value == f"/proc/meminfo: no {missing}"
+
+
 def test_what_is_kept_for_huge_pages_is_named(tmp_path: Path):
     pages = ("HugePages_Total:     512", "Hugepagesize:       2048 kB")
     sysroots.put(tmp_path, {"proc/meminfo": sysroots.meminfo(7_789_568, 5_242_880, *pages)})

@@ -7,7 +7,7 @@ import pytest
 
 from edge_agent.telemetry import procfs
 from edge_agent.telemetry.files import names_in, parse_int, read_text
-from edge_agent.telemetry.reading import ReadingStatus
+from edge_agent.telemetry.reading import Reading, ReadingStatus
 from tests.support import sysroots
 
 KIB = 1024
@@ -52,6 +52,19 @@ def test_a_size_that_makes_no_sense_is_an_error(tmp_path: Path, value: str):
     assert (memory.available_bytes.value, memory.available_bytes.status) == (None, "error")
     assert "MemAvailable" in memory.available_bytes.detail
     assert memory.total_bytes.value == 1000 * KIB
+
+
+def test_0_is_a_value_where_the_kernel_says_so(tmp_path: Path):
+    sysroots.put(tmp_path, {"proc/meminfo": sysroots.meminfo(1000, 500, "SwapTotal: 0 kB")})
+    reading = procfs.read_memory(tmp_path).swap_total_bytes
+    assert (reading.value, reading.status) == (0, ReadingStatus.OK)
+
+
+@pytest.mark.parametrize(("value", "status"), [(None, "ok"), (None, "stale"), (1, "error")])
+def test_a_reading_has_a_value_exactly_where_its_status_says_so(value: int | None, status: str):
+    with pytest.raises(ValueError, match="/somewhere"):
+        Reading(value, "/somewhere", ReadingStatus(status))
+    assert Reading(1, "/somewhere", ReadingStatus.STALE).value == 1
 
 
 def test_no_meminfo_is_unsupported(tmp_path: Path):

@@ -124,6 +124,12 @@ def test_the_power_mode_is_the_kept_one_else_the_one_of_the_boot(tmp_path: Path)
     assert (boot.value, boot.source) == (PowerMode(1, "25W"), "/etc/nvpmodel.conf")
 
 
+def test_a_kept_mode_that_can_not_be_read_is_not_taken_for_the_one_of_the_boot(tmp_path: Path):
+    sysroots.agx_orin(tmp_path)
+    (tmp_path / "var/lib/nvpmodel/status").mkdir()
+    assert tegra.read_power_mode(tmp_path).status is ReadingStatus.ERROR
+
+
 def test_a_power_mode_without_a_name_or_without_sense(tmp_path: Path):
     sysroots.orin_nano(tmp_path)
     sysroots.put(tmp_path, {"var/lib/nvpmodel/status": "pmode:0007"})
@@ -150,6 +156,13 @@ def test_thermal_zones_with_trip_points(tmp_path: Path):
     expected = {("critical", 104_500), ("passive", 95_000)}
     assert {(p.kind, p.temperature_milli_c) for p in cpu.trip_points} == expected
     assert (gpu.temperature_milli_c.value, gpu.temperature_milli_c.status) == (None, "error")
+
+
+def test_a_trip_point_without_a_temperature_is_left_out(tmp_path: Path):
+    sysroots.thor(tmp_path)
+    sysroots.put(tmp_path, {"sys/class/thermal/thermal_zone0/trip_point_0_temp": "soon"})
+    gpu, _ = sensors.read_thermal_zones(tmp_path)
+    assert [point.kind for point in gpu.trip_points] == ["passive"]
 
 
 def test_power_rails_of_both_chips(tmp_path: Path):

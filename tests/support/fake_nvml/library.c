@@ -142,6 +142,10 @@ result nvmlDeviceGetHandleByIndex_v2(unsigned int index, device *out) {
   result answer = nvmlDeviceGetCount_v2(&count);
   if (answer != SUCCESS) return answer;
   if (index >= count) return INVALID_ARGUMENT;
+  char key[64], value[512];
+  snprintf(key, sizeof key, "%u.handle", index);
+  answer = look_up(key, value, sizeof value);
+  if (answer != SUCCESS && answer != NOT_SUPPORTED) return answer;
   *out = (device)(size_t)(index + 1);
   return SUCCESS;
 }
