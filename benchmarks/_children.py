@@ -1,22 +1,31 @@
 """The processes that benchmarks start: `python _children.py ROLE JSON`, then JSON lines.
 
-`engine` hosts the backend without anything of ours around it, `replay` is a bare gRPC server,
-`library` is the engine's library alone, without our package.
+`engine` hosts the backend without anything of ours around it, `prefill` measures its prefill,
+`replay` and `echo` are bare gRPC servers, `daemon` is a daemon and the reader of its log, `silent`
+is many clients that read nothing, `library` is the engine's library alone, without our package.
 """
 
 import asyncio
+import atexit
 import base64
 import enum
 import json
 import os
+import random
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 Answer = Callable[[dict[str, Any]], object]
+
+OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+"""Else gRPC lets all channels to one address share one connection."""
+_PLAIN_TOKENS = range(1000, 40_000)
+"""Token ids without control tokens, as tokenizers put those at an end."""
 
 
 def main() -> None:
@@ -28,8 +37,8 @@ def main() -> None:
     def say(answer: object) -> None:
         answers.write(json.dumps(answer) + "\n")
 
-    if role == "replay":
-        asyncio.run(replay(say, **arguments))
+    if role in SERVERS:
+        asyncio.run(SERVERS[role](say, **arguments))
         return
     hello, answer = ROLES[role](**arguments)
     say(hello)
@@ -122,18 +131,144 @@ def library(parameters: dict[str, Any]) -> tuple[object, Answer]:
     return {}, answer
 
 
-async def replay(say: Callable[[object], None], socket: str) -> None:
-    """A gRPC server with one interceptor that sends given messages at given times."""
+def prefill(directory: str, options: dict[str, Any]) -> tuple[object, Answer]:
+    """The backend in this process, for prompts that nobody has seen before."""
+    from edge_agent.backends.base import Cancelled, LoadOptions
+    from edge_agent.backends.llama_cpp import LlamaCpp
+    from edge_agent.core import Sampling
+    from edge_agent.engines.manifest import MANIFEST_NAME, decode_manifest
+
+    manifest = decode_manifest((Path(directory) / MANIFEST_NAME).read_bytes())
+    backend = LlamaCpp()
+    backend.load(manifest, Path(directory), LoadOptions(**options), lambda _fraction: None)
+    numbers = random.Random(0)  # noqa: S311 - token ids
+
+    def answer(request: dict[str, Any]) -> object:
+        """How long the prefill took, or how long after its cancel it ended."""
+        cancel = threading.Event()
+        since_s = time.monotonic()
+
+        def stop() -> None:
+            nonlocal since_s
+            since_s = time.monotonic()
+            cancel.set()
+
+        timer = threading.Timer(request.get("cancel_after_s", 1e6), stop)
+        timer.start()
+        try:
+            backend.complete(
+                numbers.choices(_PLAIN_TOKENS, k=request["tokens"]),
+                max_tokens=1,
+                schema_json=None,
+                lead="",
+                sampling=Sampling(),
+                stop=(),
+                cancel=cancel,
+                on_text=lambda _text, _tokens: None,
+            )
+        except Cancelled:
+            pass
+        finally:
+            timer.cancel()
+        return {"ms": (time.monotonic() - since_s) * 1000, "cancelled": cancel.is_set()}
+
+    return {}, answer
+
+
+def daemon(store: str, config: str) -> tuple[object, Answer]:
+    """A daemon whose log is read here: a thread that does is no neighbour of what is timed."""
+    from tests.support.daemon import running_daemon
+
+    stack = ExitStack()
+    started = stack.enter_context(running_daemon(Path(store), config))
+    atexit.register(stack.close)
+    return {
+        "api": str(started.api_socket),
+        "admin": str(started.admin_socket),
+        "pid": started.process.pid,
+    }, lambda request: len(started.lines(request["count"]))
+
+
+def silent(socket: str, run_ids: list[str]) -> tuple[object, Answer]:
+    """One client with a connection of its own for each of `run_ids`, which watches and never reads.
+
+    To be stopped (SIGSTOP) once it has said hello: nothing reads its sockets then.
+    """
     import grpc
 
     from edge_agent.v1 import run_service_pb2 as pb
-    from edge_agent.v1 import run_service_pb2_grpc
+    from edge_agent.v1.run_service_pb2_grpc import RunServiceStub
 
-    messages: list[tuple[float, pb.ExecuteRunResponse]] = []
+    calls = []
+    for run_id in run_ids:
+        channel = grpc.insecure_channel(f"unix:{socket}", OWN_CONNECTION)
+        calls.append(RunServiceStub(channel).WatchRun(pb.WatchRunRequest(run_id=run_id)))
+    for call in calls:
+        call.initial_metadata()
+    return {}, lambda _request: {"watching": sum(call.is_active() for call in calls)}
+
+
+async def serve(server: Any, say: Callable[[object], None], take: Answer) -> None:
+    """Run a gRPC server until the benchmark hangs up; `take` gets what it is asked."""
+    await server.start()
+    say({})
+    lines = requests()
+    while (request := await asyncio.to_thread(next, lines, None)) is not None:
+        say(take(request))
+    await server.stop(0)
+
+
+def bare_server(socket: str) -> Any:
+    """A gRPC server with one interceptor that does nothing."""
+    import grpc
 
     class Interceptor(grpc.aio.ServerInterceptor):
         async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
             return await continuation(handler_call_details)
+
+    server = grpc.aio.server(interceptors=[Interceptor()])
+    server.add_insecure_port(f"unix:{socket}")
+    return server
+
+
+async def echo(say: Callable[[object], None], socket: str, answers: dict[str, str]) -> None:
+    """A bare server that answers unary calls (by their full names) with given messages."""
+    import grpc
+    from google.protobuf.descriptor_pool import Default
+
+    from edge_agent.v1 import engine_service_pb2, run_service_pb2, system_service_pb2
+
+    assert all((engine_service_pb2, run_service_pb2, system_service_pb2))  # fill the pool
+    server = bare_server(socket)
+    for full_name, raw in answers.items():
+        service, _, name = full_name.rpartition("/")
+        method = Default().FindServiceByName(service).methods_by_name[name]
+        handler = _answering(method, base64.b64decode(raw))
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(service, {name: handler}),)
+        )
+    await serve(server, say, lambda _request: {})
+
+
+def _answering(method: Any, raw: bytes) -> Any:
+    import grpc
+    from google.protobuf.message_factory import GetMessageClass
+
+    taken, given = (GetMessageClass(each) for each in (method.input_type, method.output_type))
+    message = given.FromString(raw)
+
+    async def answer(_request: Any, _context: Any) -> Any:
+        return message
+
+    return grpc.unary_unary_rpc_method_handler(answer, taken.FromString, given.SerializeToString)
+
+
+async def replay(say: Callable[[object], None], socket: str) -> None:
+    """A bare server that sends given messages at given times."""
+    from edge_agent.v1 import run_service_pb2 as pb
+    from edge_agent.v1 import run_service_pb2_grpc
+
+    messages: list[tuple[float, pb.ExecuteRunResponse]] = []
 
     class Service(run_service_pb2_grpc.RunServiceServicer):
         async def ExecuteRun(  # noqa: N802 - gRPC's name
@@ -148,24 +283,25 @@ async def replay(say: Callable[[object], None], socket: str) -> None:
                     await asyncio.sleep(wait_s)
                 yield message
 
-    server = grpc.aio.server(interceptors=[Interceptor()])
+    server = bare_server(socket)
     # The stubs want every method and gRPC's sync server; this one needs neither.
-    service, target = cast(Any, Service)(), cast(Any, server)
-    run_service_pb2_grpc.add_RunServiceServicer_to_server(service, target)
-    server.add_insecure_port(f"unix:{socket}")
-    await server.start()
-    say({})
-    lines = requests()
-    while (request := await asyncio.to_thread(next, lines, None)) is not None:
+    service = cast(Any, Service)()
+    run_service_pb2_grpc.add_RunServiceServicer_to_server(service, server)
+
+    def take(request: dict[str, Any]) -> object:
         messages[:] = [
             (after_s, pb.ExecuteRunResponse.FromString(base64.b64decode(raw)))
             for after_s, raw in request["messages"]
         ]
-        say({})
-    await server.stop(0)
+        return {}
+
+    await serve(server, say, take)
 
 
-ROLES: dict[str, Callable[..., tuple[object, Answer]]] = {"engine": engine, "library": library}
+ROLES: dict[str, Callable[..., tuple[object, Answer]]] = {
+    "engine": engine, "library": library, "prefill": prefill, "daemon": daemon, "silent": silent,
+}  # fmt: skip
+SERVERS: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {"replay": replay, "echo": echo}
 
 if __name__ == "__main__":
     main()

@@ -17,6 +17,16 @@ KEYS = {
         "streams4_ratio_vs_bare",
         "daemon_cpu_ratio_vs_grpc",
     },
+    "rpc": {
+        "unary_p50_ratio",
+        "cancel_decode_ms_p95",
+        "cancel_prefill_ms_p95",
+        "prefill_batch_ms",
+        "halt_ms_p99",
+        "clients64_p99_ratio",
+        "create_run_ms_p99",
+        "slow_reader_rss_mb",
+    },
     "footprint": {"daemon_rss_mb", "ready_s", "idle_cpu_percent", "worker_overhead_mb"},
 }
 
