@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test check lint-units bench wheel lock proto docs clean
+.PHONY: help setup engine demo test check lint-units fuzz bench wheel lock proto docs clean
 
 PYTHON ?= python3
 UV ?= uv
@@ -13,6 +13,7 @@ BIN := .venv/bin
 ENGINE := smollm2-135m-instruct
 ENGINE_STORE := build/engines
 ROBOT ?= warehouse
+FUZZ_S ?= 600
 BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 CODE = $(wildcard edge_agent tests benchmarks examples docs hatch_build.py)
 SCRIPTS = .ci/run $(shell find . \( -name .venv -o -name build -o -name dist -o -name node_modules \) -prune -o -name '*.sh' -print)
@@ -61,6 +62,9 @@ lint-units:
 	@if command -v systemd-analyze >/dev/null && [ -n "$(UNITS)" ]; then \
 	  said=$$(systemd-analyze verify --man=no $(UNITS) 2>&1 | grep -v ' is not executable: ' || true); \
 	  if [ -n "$$said" ]; then echo "$$said"; exit 1; fi; fi
+
+fuzz: setup  ## send any message to every call for ten minutes (FUZZ_S=600)
+	EDGE_AGENT_FUZZ_S=$(FUZZ_S) $(BIN)/pytest tests/integration/test_any_message.py
 
 bench: engine  ## run every benchmark; the last JSON line of each goes to build/bench.jsonl
 	@mkdir -p build; : > build/bench.jsonl; failed=''; \

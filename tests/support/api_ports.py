@@ -211,9 +211,9 @@ class MemoryRuns:
 class EdgeThread:
     """An API with a scripted agent behind it, in a thread, for clients that block."""
 
-    def __init__(self, runtime_dir, script=None) -> None:
+    def __init__(self, runtime_dir, script=None, runs=MemoryRuns) -> None:
         self._runtime_dir = runtime_dir
-        self._script = script
+        self._make_runs = lambda: runs(script)
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
@@ -241,7 +241,7 @@ class EdgeThread:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self.runs = MemoryRuns(self._script)
+        self.runs = self._make_runs()
         servers = ApiServers(
             self._runtime_dir,
             runs=self.runs,
