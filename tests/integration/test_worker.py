@@ -1,6 +1,7 @@
 """A real worker process with the real engine, through the daemon's side of it."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import signal
@@ -394,8 +395,8 @@ class TestLife:
 
         assert not in_proc(run(scenario()))
 
-    @pytest.mark.parametrize("busy", [False, True], ids=["idle", "decoding"])
-    def test_it_ends_when_its_daemon_is_killed(self, engine_store: Path, busy):
+    @pytest.mark.parametrize("doing", ["nothing", "decoding", "hung"])
+    def test_it_ends_when_its_daemon_is_killed(self, engine_store: Path, doing: str):
         script = f"""
 import asyncio
 from pathlib import Path
@@ -408,7 +409,7 @@ async def main():
     host = EngineHost(catalogue.get({ENGINE!r}), WORKER)
     await host.start(catalogue.directory({ENGINE!r}), OPTIONS, lambda fraction: None)
     begun = asyncio.Event()
-    if {busy}:
+    if {doing == "decoding"}:
         sequence = host.decide(long_request(), lambda text, tokens: begun.set())
         await begun.wait()
     print(host.pid, flush=True)
@@ -423,8 +424,14 @@ asyncio.run(main())
         with parent:
             assert parent.stdout is not None
             worker = int(parent.stdout.readline())
+            if doing == "hung":
+                os.kill(worker, signal.SIGSTOP)
             parent.kill()
-        assert wait_gone(worker)
+        try:
+            assert wait_gone(worker)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
 
 
 class TestLoadFailures:

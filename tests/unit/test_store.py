@@ -95,6 +95,12 @@ class StoreMachine(RuleBasedStateMachine):
         assert listed == list(reversed(self.kept))
 
     @invariant()
+    def nothing_is_remembered_of_runs_that_are_gone(self) -> None:
+        self.expire()
+        list(self.store.newest_first())
+        assert set(self.store._requests.values()) <= set(self.kept)
+
+    @invariant()
     def a_request_finds_its_run_as_long_as_that_is_kept(self) -> None:
         self.expire()
         for client, request_id in itertools.product("ab", ["r1", "r2"]):
