@@ -76,7 +76,8 @@ class StepDecoder:
         schemas.check_schemas(request.tools, request.output_schema_json, self._check_schema)
         with self._render_lock:
             prompt = self._renderer.render(request.messages, request.tools)
-        self._output_budget(len(prompt), request.max_output_tokens)  # before the heads take time
+        if len(prompt) > self._context_tokens:  # before the heads of many tools take their time
+            self._output_budget(len(prompt), request.max_output_tokens)
         needed = len(prompt) + self._longest_head(request)
         max_tokens = self._output_budget(needed, request.max_output_tokens)
         step = _Step(self._backend, self._manifest, request, prompt, max_tokens, cancel, on_text)

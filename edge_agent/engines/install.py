@@ -45,7 +45,7 @@ def find_recipe(word: str, recipes: Path) -> Recipe:
     """
     is_path = "/" in word or word.endswith((".yaml", ".yml"))
     path = Path(word) if is_path else recipes / f"{word}.yaml"
-    if not is_path and not path.is_file():
+    if not is_path and not _is_file(path):
         known = ", ".join(sorted(file.stem for file in recipes.glob("*.yaml"))) or "none"
         raise NotFound(
             f"no recipe {word!r}; known: {known}; for a file of your own give its path",
@@ -58,6 +58,14 @@ def find_recipe(word: str, recipes: Path) -> Recipe:
         raise ManifestError(f"{path}: {error.strerror}", metadata={"path": path}) from error
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path}: not UTF-8", metadata={"path": path}) from error
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is one; a name that is too long for one is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def install(

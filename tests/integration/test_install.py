@@ -21,7 +21,7 @@ from edge_agent.engines import install as install_module
 from edge_agent.engines import store
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.install import find_recipe, install
-from edge_agent.engines.manifest import MANIFEST_NAME, Manifest, digest
+from edge_agent.engines.manifest import MANIFEST_NAME, SEAL_NAME, Manifest, digest
 from edge_agent.errors import InstallError
 from tests.support.engine_files import FILES, NAME, write_engine
 
@@ -55,13 +55,13 @@ def root(tmp_path: Path) -> Path:
 
 
 class TestPath:
-    def test_installs_the_files_and_the_manifest_and_nothing_else(self, tmp_path: Path, root: Path):
+    def test_installs_the_files_manifest_and_seal_and_nothing_else(self, tmp_path: Path, root: Path):
         manifest = install_path(write_engine(tmp_path), root)
         catalogue = Catalogue(root)
         assert catalogue.list() == (manifest,)
         assert is_whole(catalogue)
         held = {str(p.relative_to(root / NAME)) for p in (root / NAME).rglob("*") if p.is_file()}
-        assert held == {*FILES, MANIFEST_NAME}
+        assert held == {*FILES, MANIFEST_NAME, SEAL_NAME}
         assert names(root) == {store.LOCK_NAME, NAME}
 
     def test_progress_rises_to_one(self, tmp_path: Path, root: Path):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import structlog
 
@@ -37,6 +39,7 @@ from edge_agent.decoding.steps import StepDecoder
 from edge_agent.engines import protocol
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.host import EngineHost, Sequence, WorkerSettings
+from edge_agent.engines.manifest import FileSpec, Manifest
 from edge_agent.errors import LoadFailed, StepFailed, WorkerError
 from tests.conftest import ENGINE
 from tests.support.engines import (
@@ -434,6 +437,15 @@ asyncio.run(main())
                 os.kill(worker, signal.SIGKILL)
 
 
+def with_model(manifest: Manifest, directory: Path, content: bytes) -> Manifest:
+    """The manifest of an engine that has this as its model."""
+    (directory / manifest.model).write_bytes(content)
+    spec = FileSpec(
+        path=manifest.model, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content)
+    )
+    return msgspec.structs.replace(manifest, files=(spec,))
+
+
 class TestLoadFailures:
     def test_a_python_that_is_not_there_is_named(self, catalogue: Catalogue):
         with pytest.raises(LoadFailed, match="/nowhere/python") as caught:
@@ -447,8 +459,7 @@ class TestLoadFailures:
     def test_a_broken_file_is_told_in_the_librarys_words(
         self, catalogue: Catalogue, tmp_path: Path
     ):
-        manifest = catalogue.get(ENGINE)
-        (tmp_path / manifest.model).write_bytes(b"GGUF" + b"\0" * 4096)
+        manifest = with_model(catalogue.get(ENGINE), tmp_path, b"GGUF" + b"\0" * 4096)
 
         async def scenario() -> None:
             host = EngineHost(manifest, WORKER)
