@@ -35,6 +35,14 @@ class Completion:
     decode_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """What may come after a prompt: natural-log probabilities by token id."""
+
+    logprobs: dict[int, float]
+    cached_tokens: int
+
+
 class Cancelled(Exception):
     """The completion was stopped by its cancel event."""
 
@@ -103,8 +111,8 @@ class Backend(Protocol):
 
     def next_token_logprobs(
         self, prompt: Sequence[int], *, top: int, cancel: threading.Event
-    ) -> dict[int, float]:
-        """Natural-log probabilities of the `top` likeliest next tokens, by token id. Blocks.
+    ) -> "NextToken":
+        """How likely the `top` likeliest next tokens are. Blocks.
 
         Raises:
             Cancelled: `cancel` was set.

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.backends.base import Cancelled, Completion, LoadOptions
+from edge_agent.backends.base import Cancelled, Completion, LoadOptions, NextToken
 from edge_agent.core import RunError, Sampling
 from edge_agent.engines.manifest import Manifest
 from edge_agent.errors import LoadFailed, StepFailed
@@ -163,14 +163,18 @@ class LlamaCpp:
 
     def next_token_logprobs(
         self, prompt: Sequence[int], *, top: int, cancel: threading.Event
-    ) -> dict[int, float]:
+    ) -> NextToken:
         """One token with its alternatives, from the logits before any grammar."""
         body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0, "logprobs": top}
         # Nothing is reported after a token that is only part of a character: draw another one.
         body["logit_bias"] = [[self._whole_character, _CERTAIN]]
         found: dict[int, float] = {}
+        cached_tokens = 0
 
         def take(chunk: _Chunk) -> None:
+            nonlocal cached_tokens
+            if chunk.timings is not None:
+                cached_tokens = chunk.timings.cache_n
             for choice in chunk.choices:
                 for token in (choice.logprobs or {}).get("content", ())[:1]:
                     found.update({t["id"]: t["logprob"] for t in token["top_logprobs"]})
@@ -178,7 +182,7 @@ class LlamaCpp:
         self._stream(body, cancel, take)
         if not found:
             raise StepFailed(RunError("ENGINE_FAILED", "llama.cpp gave no log-probabilities", True))
-        return found
+        return NextToken(found, cached_tokens)
 
     def close(self) -> None:
         """Join the native loop. What it leaks goes with the process."""

@@ -14,7 +14,17 @@ from collections.abc import Sequence
 from edge_agent import __version__
 from edge_agent.errors import EdgeAgentError
 
-COMMANDS = ("serve", "run", "status", "doctor", "engines", "check-config", "halt", "completion")
+COMMANDS = (
+    "serve",
+    "run",
+    "status",
+    "doctor",
+    "engines",
+    "bench",
+    "check-config",
+    "halt",
+    "completion",
+)
 _INTERRUPTED = 128 + signal.SIGINT
 
 

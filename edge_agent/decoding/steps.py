@@ -16,6 +16,7 @@ from edge_agent.core import (
     ANSWER,
     BlobPart,
     FinishReason,
+    Message,
     Role,
     RunError,
     StepRequest,
@@ -31,6 +32,7 @@ from edge_agent.engines.manifest import Manifest
 from edge_agent.errors import StepFailed
 
 OnText = Callable[[str, int], None]
+_BaselineKey = tuple[tuple[Message, ...], tuple[Tool, ...]]
 
 _ANSWER_HEAD = f'{{"{ANSWER}":'
 _LEAD = " "
@@ -57,7 +59,7 @@ class StepDecoder:
         )
         self._render_lock = threading.Lock()
         self._check_schema = functools.lru_cache(_CACHED_SCHEMAS)(backend.check_schema)
-        self._baselines: OrderedDict[tuple[Tool, ...], dict[str, float]] = OrderedDict()
+        self._baselines: OrderedDict[_BaselineKey, dict[str, float]] = OrderedDict()
 
     def decide(self, request: StepRequest, cancel: threading.Event, on_text: OnText) -> StepResult:
         """Decide one step. Blocks.
@@ -87,7 +89,7 @@ class StepDecoder:
             return step.answer(self._plain(_ANSWER_HEAD))
         if self._manifest.tools.strategy == "schema":
             return step.union()
-        name, margin = self._choose(request, prompt, cancel)
+        name, margin = self._choose(step)
         if name == ANSWER:
             return step.answer(self._plain(_ANSWER_HEAD), margin)
         tool = next(tool for tool in request.tools if tool.name == name)
@@ -138,56 +140,56 @@ class StepDecoder:
             raise StepFailed(RunError("PROMPT_TOO_LONG", message, metadata=numbers))
         return min(ceiling, context - prompt_tokens) if wanted is None else wanted
 
-    def _choose(
-        self, request: StepRequest, prompt: Sequence[int], cancel: threading.Event
-    ) -> tuple[str, float]:
+    def _choose(self, step: "_Step") -> tuple[str, float]:
         """The tool's name or ANSWER, and how far it is ahead.
 
         The neutral prompts stand where a user has just spoken, so their baseline is fair there.
         After a tool's result it is not: there the raw scores decide whether to answer.
         """
+        request = step.request
         candidates = {tool.name: self._plain(_call_head(tool.name)) for tool in request.tools}
         candidates[ANSWER] = self._plain(_ANSWER_HEAD)
-        scores = self._rank(candidates, prompt, cancel)
-        calibrated = ranking.calibrate(scores, self._baseline(request.tools, candidates, cancel))
+        scores = self._rank(candidates, step.prompt, step)
+        calibrated = ranking.calibrate(scores, self._baseline(candidates, step))
         if request.messages[-1].role is Role.TOOL:
             if max(scores, key=scores.__getitem__) == ANSWER:
                 return ANSWER, ranking.margin(scores)
             del calibrated[ANSWER]
         return max(calibrated, key=calibrated.__getitem__), ranking.margin(calibrated)
 
-    def _baseline(
-        self,
-        tools: tuple[Tool, ...],
-        candidates: dict[str, list[int]],
-        cancel: threading.Event,
-    ) -> dict[str, float]:
-        """Mean scores after the neutral prompts, measured once for each set of tools."""
-        cached = self._baselines.get(tools)
+    def _baseline(self, candidates: dict[str, list[int]], step: "_Step") -> dict[str, float]:
+        """Mean scores after the neutral prompts, measured once for each system text and tools."""
+        first, tools = step.request.messages[0], step.request.tools
+        system = (first,) if first.role is Role.SYSTEM else ()
+        cached = self._baselines.get((system, tools))
         if cached is None:
             with self._render_lock:
-                head = self._renderer.render((), tools)
+                head = self._renderer.render(system, tools)
                 opening = len(self._renderer.markers(self._manifest.prompt.assistant.open))
                 goals = self._manifest.tools.neutral_goals
                 prompts = [
                     head[: len(head) - opening] + self._renderer.user_turn(goal) for goal in goals
                 ]
-            cached = ranking.mean([self._rank(candidates, p, cancel) for p in prompts])
-            self._baselines[tools] = cached
+            cached = ranking.mean([self._rank(candidates, p, step) for p in prompts])
+            self._baselines[system, tools] = cached
             while len(self._baselines) > _CACHED_BASELINES:
                 self._baselines.popitem(last=False)
         return cached
 
     def _rank(
-        self, candidates: dict[str, list[int]], prompt: Sequence[int], cancel: threading.Event
+        self, candidates: dict[str, list[int]], prompt: Sequence[int], step: "_Step"
     ) -> dict[str, float]:
         top = self._manifest.tools.top_logprobs
-        return ranking.rank(
-            candidates,
-            lambda tokens: self._backend.next_token_logprobs(
-                [*prompt, *tokens], top=top, cancel=cancel
-            ),
-        )
+
+        def logprobs(tokens: Sequence[int]) -> dict[int, float]:
+            prompt_and_tokens = [*prompt, *tokens]
+            found = self._backend.next_token_logprobs(
+                prompt_and_tokens, top=top, cancel=step.cancel
+            )
+            step.saw_cached(found.cached_tokens)
+            return found.logprobs
+
+        return ranking.rank(candidates, logprobs)
 
 
 class _Step:
@@ -205,17 +207,23 @@ class _Step:
     ) -> None:
         self._backend = backend
         self._manifest = manifest
-        self._request = request
-        self._prompt = prompt
+        self.request = request
+        self.prompt = prompt
         self._max_tokens = max_tokens
-        self._cancel = cancel
+        self.cancel = cancel
         self._on_text = on_text
         self._started_s = time.monotonic()
         self._ttft_ms: float | None = None
+        self._cached_tokens: int | None = None
+
+    def saw_cached(self, cached_tokens: int) -> None:
+        """What the cache held before this step: the first call tells, later ones see its work."""
+        if self._cached_tokens is None:
+            self._cached_tokens = cached_tokens
 
     def free_answer(self) -> StepResult:
         """No tools: text, or JSON of the output schema."""
-        schema = self._request.output_schema_json or None
+        schema = self.request.output_schema_json or None
         text, completion = self._complete([], schema, self._on_text)
         if schema is None:
             return self._result(text, (), completion)
@@ -225,7 +233,7 @@ class _Step:
 
     def answer(self, head: list[int], margin: float | None = None) -> StepResult:
         """The answer branch, after its head `{"answer":`."""
-        schema = self._request.output_schema_json
+        schema = self.request.output_schema_json
         if schema:
             text, completion = self._complete(head, schema, self._on_text)
             self._require_whole(completion)
@@ -244,8 +252,8 @@ class _Step:
 
     def union(self) -> StepResult:
         """A tool call or an answer, whichever the model writes."""
-        schema = schemas.union_schema(self._request.tools, self._request.output_schema_json)
-        streams = not self._request.output_schema_json
+        schema = schemas.union_schema(self.request.tools, self.request.output_schema_json)
+        streams = not self.request.output_schema_json
         stream = _AnswerStream(_ANSWER_HEAD, self._on_text if streams else _ignore)
         text, completion = self._complete([], schema, stream.feed)
         if completion.truncated and stream.text and streams:
@@ -271,13 +279,13 @@ class _Step:
             on_text(text, tokens)
 
         completion = self._backend.complete(
-            self._prompt + head,
+            self.prompt + head,
             max_tokens=self._max_tokens,
             schema_json=schema_json,
             lead=_LEAD if head else "",
-            sampling=self._request.sampling,
+            sampling=self.request.sampling,
             stop=self._manifest.stop,
-            cancel=self._cancel,
+            cancel=self.cancel,
             on_text=take,
         )
         return "".join(pieces), completion
@@ -295,12 +303,13 @@ class _Step:
         completion: Completion,
         margin: float | None = None,
     ) -> StepResult:
+        self.saw_cached(completion.cached_tokens)
         finish = FinishReason.TOOL_CALLS if tool_calls else FinishReason.STOP
         if completion.truncated:
             finish = FinishReason.TRUNCATED
         usage = Usage(
             prompt_tokens=completion.prompt_tokens,
-            cached_tokens=completion.cached_tokens,
+            cached_tokens=self._cached_tokens or 0,
             completion_tokens=completion.completion_tokens,
             decode_s=completion.decode_s,
             ttft_ms=self._ttft_ms,

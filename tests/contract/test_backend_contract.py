@@ -18,7 +18,7 @@ import jsonschema_rs
 import pytest
 
 from edge_agent.backends import create_backend
-from edge_agent.backends.base import Backend, Cancelled, Completion, LoadOptions
+from edge_agent.backends.base import Backend, Cancelled, Completion, LoadOptions, NextToken
 from edge_agent.core import Sampling
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.manifest import Manifest
@@ -76,6 +76,9 @@ class Loaded:
         }
         output.completion = self.backend.complete(prompt, **(arguments | changes))
         return output
+
+    def next_token(self, prompt: Sequence[int], top: int) -> NextToken:
+        return self.backend.next_token_logprobs(prompt, top=top, cancel=threading.Event())
 
 
 @dataclass
@@ -301,7 +304,7 @@ class TestLogprobs:
     ):
         # After the last prompt the likeliest token is only a part of a character.
         prompt = loaded.prompt("Repeat this: 🙂🤖 ñ 日本 🙂🤖", begun)
-        found = loaded.backend.next_token_logprobs(prompt, top=50, cancel=threading.Event())
+        found = loaded.next_token(prompt, 50).logprobs
         assert len(found) >= 50
         assert all(logprob <= 0.0 for logprob in found.values())
         assert sum(math.exp(logprob) for logprob in found.values()) <= 1.0 + 1e-3
@@ -314,14 +317,20 @@ class TestLogprobs:
 
     def test_more_can_be_asked_for_and_none_changes(self, loaded: Loaded):
         prompt = loaded.prompt("Hello")
-        few = loaded.backend.next_token_logprobs(prompt, top=5, cancel=threading.Event())
-        many = loaded.backend.next_token_logprobs(prompt, top=400, cancel=threading.Event())
+        few = loaded.next_token(prompt, 5).logprobs
+        many = loaded.next_token(prompt, 400).logprobs
         assert len(many) >= 400
         best = sorted(few, key=few.__getitem__)[-3:]
         assert best == sorted(many, key=many.__getitem__)[-3:]
         assert [few[token] for token in best] == pytest.approx(
             [many[token] for token in best], rel=1e-3
         )
+
+    def test_say_how_much_of_the_prompt_was_cached(self, loaded: Loaded):
+        prompt = loaded.prompt("A prompt that nothing else in this suite begins like.")
+        loaded.next_token(loaded.prompt("Another one, to fill the cache."), 5)
+        assert loaded.next_token(prompt, 5).cached_tokens < len(prompt) // 2
+        assert loaded.next_token(prompt, 5).cached_tokens >= len(prompt) - 2
 
 
 class TestCancelling:

@@ -51,6 +51,11 @@ LAYERS = {
     "decoding": Layer.PURE,
     "engines.manifest": Layer.PURE,
     "engines.protocol": Layer.PURE,
+    "measuring.chart": Layer.PURE,
+    "measuring.prompts": Layer.PURE,
+    "measuring.results": Layer.PURE,
+    "measuring.statistics": Layer.PURE,
+    "measuring.table": Layer.PURE,
     "scheduling.admission": Layer.PURE,
     "scheduling.eviction": Layer.PURE,
     "scheduling.order": Layer.PURE,
@@ -70,12 +75,18 @@ LAYERS = {
     "client": Layer.API,
     "daemon": Layer.DAEMON,
     "doctor": Layer.DAEMON,
+    "measuring": Layer.DAEMON,
     "cli": Layer.COMMAND,
     "__main__": Layer.COMMAND,
 }
 
 # Modules that decide, with time and chance handed to them: they read no clock and do no I/O.
 DECIDING = (
+    "measuring.chart",
+    "measuring.prompts",
+    "measuring.results",
+    "measuring.statistics",
+    "measuring.table",
     "routing",
     "scheduling.admission",
     "scheduling.eviction",

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.backends.base import Cancelled, Completion, LoadOptions
+from edge_agent.backends.base import Cancelled, Completion, LoadOptions, NextToken
 from edge_agent.backends.llama_cpp import LlamaCpp
 from edge_agent.core import Sampling
 from edge_agent.engines.manifest import Manifest, decode_manifest
@@ -128,14 +128,15 @@ class ToyBackend:
 
     def next_token_logprobs(
         self, prompt: Sequence[int], *, top: int, cancel: threading.Event
-    ) -> dict[int, float]:
+    ) -> NextToken:
         """Score each character that may come next."""
         if cancel.is_set():
             raise Cancelled
         text = text_of(prompt)
         self.rankings.append(text)
         scores = {ord(c): self.prefers(text, c) for c in map(chr, range(32, 127))}
-        return dict(sorted(scores.items(), key=lambda item: -item[1])[:top])
+        likeliest = sorted(scores.items(), key=lambda item: -item[1])[:top]
+        return NextToken(dict(likeliest), cached_tokens=len(self.rankings))
 
     def close(self) -> None:
         """Nothing to let go of."""

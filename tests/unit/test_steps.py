@@ -236,6 +236,23 @@ class TestRanking:
         assert (result.text, result.tool_calls) == ("No.", ())
         assert decide.asked["prompt"].endswith(head("answer"))
 
+    def test_cached_tokens_are_those_from_before_the_ranking(self):
+        decide = Decided(["{}"], **RANKED)
+        result = decide(tools=(STOP, LAMP), max_output_tokens=5)
+        assert len(decide.backend.rankings) > 1
+        assert result.usage.cached_tokens == 1  # the toy counts its calls; a completion says 3
+
+    def test_neutral_goals_stand_under_the_callers_own_system_text(self):
+        decide = Decided(["{}"], **RANKED)
+        goal = said(Role.USER, "Lights on!")
+        decide(said(Role.SYSTEM, "You are a lamp."), goal, tools=(STOP, LAMP), max_output_tokens=5)
+        assert all("You are a lamp." in text for text in decide.backend.rankings)
+        first = len(decide.backend.rankings)
+        decide(said(Role.SYSTEM, "You are a door."), goal, tools=(STOP, LAMP), max_output_tokens=5)
+        neutral = [t for t in decide.backend.rankings[first:] if "<|user|>Now<|end|>" in t]
+        assert neutral
+        assert all("You are a door." in text for text in neutral)
+
     def test_neutral_goals_are_measured_once_for_a_set_of_tools(self):
         decide = self.decided("set_lamp")
         decide(tools=(LAMP, STOP))
