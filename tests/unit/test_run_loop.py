@@ -376,10 +376,13 @@ class TestTime:
             runs.submit(run_id, [result("call-2")])
             await asyncio.sleep(2 * SHORT_S)  # past the short time: nothing may come of it
             runs.submit(run_id, [result("call-1")])
-            (await engines.next()).answer("Done")
-            return await ended(runs, run_id)
+            step = await engines.next()
+            step.answer("Done")
+            return await ended(runs, run_id), step.request.messages
 
-        assert play(scenario, tool_timeout_s=60.0).state is RunState.SUCCEEDED
+        run, messages = play(scenario, tool_timeout_s=60.0)
+        assert run.state is RunState.SUCCEEDED
+        assert [message.tool_call_id for message in messages[-2:]] == ["call-1", "call-2"]
 
 
 class TestCancelling:

@@ -370,6 +370,8 @@ class TestHalting:
             (HaltScope.CLIENT, "base", {"base", "base/picker"}),
             (HaltScope.AGENT, "picker", {"base/picker"}),
             (HaltScope.TOOL, "move", {"arm"}),
+            (HaltScope.CLIENT, "move", set()),  # a tool's name, but no client's
+            (HaltScope.AGENT, "move", set()),
         ],
     )
     def test_stops_what_its_scope_covers_and_nothing_else(self, play, scope, target, stopped):
