@@ -74,6 +74,11 @@ class Steps:
             self.tasks[waiting[number % len(waiting)]].cancel()
 
 
+def nobody_waits_beside_a_free_place(steps: Steps) -> None:
+    """Once everything that can run has run."""
+    assert not steps.loaded.waiting or len(steps.holding) == steps.loaded.host.slots
+
+
 ACTIONS = st.lists(
     st.sampled_from(["come", "come", "leave", "turn", "turn", "many turns"])
     | st.integers(0, 3),  # which of those that wait gives up
@@ -83,6 +88,10 @@ ACTIONS = st.lists(
 
 @settings(max_examples=300)
 @given(actions=ACTIONS, slots=st.integers(1, 3))
+@example(
+    actions=["come", "come", "come", "many turns", "come", "leave", "leave", "many turns"],
+    slots=2,
+)  # one that comes in the moment in which two are free: behind one that waits
 @example(
     actions=["come", "turn", "come", "many turns", "come", "leave", "many turns"], slots=1
 )  # one that comes in the moment in which a place is free
@@ -96,11 +105,15 @@ def test_steps_are_let_in_as_they_came_and_never_more_than_there_are_places(acti
                 steps.come()
             elif action == "leave":
                 steps.leave()
+            elif action == "turn":
+                await turns(1)
             else:
-                await turns(1 if action == "turn" else 10)
+                await turns(20)
+                nobody_waits_beside_a_free_place(steps)
             assert len(steps.holding) <= slots
             assert steps.loaded.active == len(steps.holding)
         await turns(20)
+        nobody_waits_beside_a_free_place(steps)
         while steps.holding:  # everybody who still wants a place gets one in the end
             steps.leave()
             await turns(20)
