@@ -95,6 +95,7 @@ def test_the_module_is_found_behind_the_carrier_board(tmp_path: Path):
         ("# R (release), REVISION: 2.0", None),
         ("# R39 (release), REVISION: x", None),
         ("39.2.0", None),
+        (f"# R{'9' * 5000} (release), REVISION: 2.0", None),
         ("", None),
     ],
 )
