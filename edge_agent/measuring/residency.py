@@ -6,7 +6,6 @@ make room.
 """
 
 import asyncio
-from pathlib import PurePath
 from typing import Final
 
 from edge_agent.client import AsyncClient
@@ -20,8 +19,8 @@ _GONE: Final = frozenset({EngineState.INSTALLED, EngineState.FAILED})
 
 def admin_address(address: str) -> str | None:
     """The admin socket beside an API socket; None where the address is no path."""
-    path = PurePath(address.removeprefix("unix:"))
-    return str(path.with_name("admin.sock")) if path.is_absolute() else None
+    path = address.removeprefix("unix:")
+    return f"{path.rpartition('/')[0]}/admin.sock" if path.startswith(("/", "./", "../")) else None
 
 
 class Residency:

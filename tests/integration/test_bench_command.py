@@ -100,7 +100,7 @@ def test_two_engines_side_by_side(bench, daemon, tmp_path):
     assert long["prompt_tokens"] * 0.9 < long["cached_tokens"] < long["prompt_tokens"]
     assert long["ttft_cold_ms"] > long["ttft_cached_ms"]
     assert second["long_prompt"] is None  # does not fit
-    assert "small decides 1 steps at once: further streams wait" in err
+    assert "small decides 1 at once: of 2 streams the others wait" in err
     assert picture.read_text().startswith("<svg")
     assert loaded(daemon) == []
 

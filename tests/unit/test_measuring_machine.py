@@ -11,11 +11,11 @@ from edge_agent.measuring.machine import (
     read_power_mw,
     read_temperature_milli_c,
 )
+from edge_agent.measuring.residency import admin_address
 from edge_agent.telemetry.nvml import Nvml
 from edge_agent.telemetry.process import read_process_memory
 from edge_agent.telemetry.reading import ReadingStatus
 from tests.support.sysroots import PROFILES, put
-
 
 WAIT_S = 20.0
 
@@ -91,6 +91,20 @@ def test_a_meter_without_a_rail_has_no_samples(machine):
     with PowerMeter(machine) as meter:
         assert meter.source is None
     assert meter.samples == ()
+
+
+@pytest.mark.parametrize(
+    ("address", "admin"),
+    [
+        ("/run/edge-agent/api.sock", "/run/edge-agent/admin.sock"),
+        ("unix:/run/x.sock", "/run/admin.sock"),
+        ("./api.sock", "./admin.sock"),
+        ("../run/admin.sock", "../run/admin.sock"),
+        ("localhost:50051", None),
+    ],
+)
+def test_the_admin_socket_stands_beside_the_other(address, admin):
+    assert admin_address(address) == admin
 
 
 def test_a_processs_memory_is_the_kernels_sums(tmp_path):
