@@ -170,6 +170,11 @@ def test_nonsense_is_an_error(nvml: FakeNvml, reader: Reader, key: str, value: o
     assert (reading.value, reading.status) == (None, ReadingStatus.ERROR)
 
 
+def test_memory_may_be_full(nvml: FakeNvml, reader: Reader):
+    nvml.set(DISCRETE, {"0.memory_used": DISCRETE["0.memory_total"]})
+    assert known(reader.gpu().memory_used_bytes) == DISCRETE["0.memory_total"]
+
+
 def test_a_nonsense_count_or_version_is_an_error(nvml: FakeNvml, reader: Reader):
     nvml.set(DISCRETE, count=65, cuda=0)
     snapshot = reader.read()

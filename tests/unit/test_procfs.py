@@ -91,7 +91,8 @@ def test_no_swap_is_known_to_be_none(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "nonsense", "Filename\n/dev/sda1 partition", "Filename\na b c d"]
+    "text",
+    ["", "nonsense", "Filename\n/dev/sda1 partition", "Filename\na b c d", "Filename\na b 1 d"],
 )
 def test_garbage_for_swaps_is_an_error(tmp_path: Path, text: str):
     sysroots.put(tmp_path, {"proc/swaps": text})
