@@ -5,6 +5,7 @@ files; installing writes them as `manifest.json` beside the files. msgspec and t
 only, since workers get the manifest in their first frame.
 """
 
+import functools
 import hashlib
 import re
 from pathlib import PurePosixPath
@@ -217,6 +218,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
 
 
+@functools.lru_cache(maxsize=64)
 def digest(manifest: Manifest) -> str:
     """SHA-256 over the manifest, which holds the files' own digests: one engine, one digest."""
     return hashlib.sha256(encode_manifest(manifest)).hexdigest()
