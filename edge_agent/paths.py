@@ -16,6 +16,8 @@ from edge_agent.errors import ConfigError, FieldViolation
 
 APP: Final = "edge-agent"
 CONFIG_NAME: Final = "config.yaml"
+MAX_SOCKET_PATH_BYTES: Final = 107
+"""sun_path of unix(7), without the NUL at its end."""
 SYSTEM_CONFIG: Final = Path("/etc") / APP / CONFIG_NAME
 
 _PACKAGE: Final = Path(__file__).resolve().parent

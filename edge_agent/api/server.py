@@ -23,6 +23,7 @@ from edge_agent.api.ports import DaemonPort, EnginesPort, RequestLimits, RunsPor
 from edge_agent.api.run_service import RunService
 from edge_agent.api.system_service import SystemService
 from edge_agent.errors import FailedPrecondition
+from edge_agent.paths import MAX_SOCKET_PATH_BYTES
 from edge_agent.v1 import (
     engine_service_pb2,
     engine_service_pb2_grpc,
@@ -40,8 +41,6 @@ SERVICES: tuple[str, ...] = (
     engine_service_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name,
     system_service_pb2.DESCRIPTOR.services_by_name["SystemService"].full_name,
 )
-MAX_SOCKET_PATH_BYTES = 107
-"""sun_path of unix(7), without the NUL at its end."""
 MAX_MESSAGE_BYTES = 64 << 20
 """Above this gRPC itself refuses, without details. Far above max_request_size (32 MiB at most), so
 that our own refusal comes first; a bound all the same, since gRPC holds a message whole."""

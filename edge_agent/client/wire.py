@@ -14,7 +14,14 @@ from edge_agent.api import convert_client as convert
 from edge_agent.api.convert_client import RunOptions
 from edge_agent.api.convert_error import DETAILS_KEY, error_of
 from edge_agent.core import Event, Message, Tool
-from edge_agent.errors import EdgeAgentError, PermissionDenied, Unavailable
+from edge_agent.errors import (
+    EdgeAgentError,
+    FailedPrecondition,
+    InvalidRequest,
+    PermissionDenied,
+    Unavailable,
+)
+from edge_agent.paths import MAX_SOCKET_PATH_BYTES
 from edge_agent.v1 import run_service_pb2 as run_pb
 
 Goal = str | Sequence[Message]
@@ -62,19 +69,40 @@ def typed_errors(address: str) -> Iterator[None]:
         call: Any = raised  # both flavours of it have these three
         metadata = dict(call.trailing_metadata() or ())
         details = metadata.get(DETAILS_KEY)
-        if details is None and call.code() is grpc.StatusCode.UNAVAILABLE:
-            if _is_forbidden(address):
-                raise PermissionDenied(
-                    f"no right to call {address}: it is for its user and group",
-                    reason="SOCKET_FORBIDDEN",
-                    metadata={"address": address},
-                ) from raised
-            raise Unavailable(
-                f"no daemon answers at {address}",
-                reason="DAEMON_UNREACHABLE",
-                metadata={"address": address, "cause": call.details()},
-            ) from raised
+        if details is None:  # gRPC's own words
+            raise _error_of_grpc(call.code(), call.details() or "", address) from raised
         raise error_of(call.code().name, call.details() or "", details) from raised
+
+
+def _error_of_grpc(code: grpc.StatusCode, said: str, address: str) -> EdgeAgentError:
+    """What no daemon has said: that there is none, or that a message is too large even for gRPC."""
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in said:
+        return InvalidRequest(
+            f"the request is larger than any daemon takes: {said}",
+            reason="REQUEST_TOO_LARGE",
+            metadata={"cause": said},
+        )
+    path = address.removeprefix("unix:")
+    size = len(os.fsencode(path))
+    if path.startswith(("/", ".")) and size > MAX_SOCKET_PATH_BYTES:
+        return FailedPrecondition(
+            f"{path} has {size} bytes, a socket's path at most {MAX_SOCKET_PATH_BYTES}",
+            reason="SOCKET_PATH_TOO_LONG",
+            metadata={"path": path, "size_bytes": size, "limit_bytes": MAX_SOCKET_PATH_BYTES},
+        )
+    if code is not grpc.StatusCode.UNAVAILABLE:
+        return error_of(code.name, said, None)
+    if _is_forbidden(address):
+        return PermissionDenied(
+            f"no right to call {address}: it is for its user and group",
+            reason="SOCKET_FORBIDDEN",
+            metadata={"address": address},
+        )
+    return Unavailable(
+        f"no daemon answers at {address}",
+        reason="DAEMON_UNREACHABLE",
+        metadata={"address": address, "cause": said},
+    )
 
 
 def _is_forbidden(address: str) -> bool:
