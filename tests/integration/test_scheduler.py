@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
@@ -13,6 +15,7 @@ import pytest
 
 from edge_agent.core import EngineInfo, EngineState, RunState, StepResult
 from edge_agent.engines.catalogue import Catalogue
+from edge_agent.engines.manifest import MANIFEST_NAME
 from edge_agent.errors import (
     FailedPrecondition,
     LoadFailed,
@@ -228,12 +231,15 @@ def truncate(store: Catalogue, name: str) -> None:
 
 
 def corrupt(store: Catalogue, name: str) -> None:
-    """The right size, and no model."""
-    manifest = store.get(name)
-    path = store.directory(name) / manifest.model
-    path.unlink()
-    with path.open("wb") as file:
-        file.truncate(manifest.files[0].size_bytes)
+    """A file that is what the manifest says, and no model."""
+    content = b"GGUF" + bytes(4096)
+    directory = store.directory(name)
+    manifest = json.loads((directory / MANIFEST_NAME).read_text())
+    (spec,) = manifest["files"]
+    spec |= {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (directory / MANIFEST_NAME).write_text(json.dumps(manifest))
+    (directory / spec["path"]).unlink()
+    (directory / spec["path"]).write_bytes(content)
 
 
 class TestMakingRoom:
