@@ -55,7 +55,9 @@ def root(tmp_path: Path) -> Path:
 
 
 class TestPath:
-    def test_installs_the_files_manifest_and_seal_and_nothing_else(self, tmp_path: Path, root: Path):
+    def test_installs_the_files_manifest_and_seal_and_nothing_else(
+        self, tmp_path: Path, root: Path
+    ):
         manifest = install_path(write_engine(tmp_path), root)
         catalogue = Catalogue(root)
         assert catalogue.list() == (manifest,)
