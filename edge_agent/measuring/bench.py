@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from edge_agent.client import AsyncClient
 from edge_agent.core import EngineInfo, RunState
-from edge_agent.errors import EdgeAgentError, NotFound
+from edge_agent.errors import EdgeAgentError, NotFound, Unavailable
 from edge_agent.measuring.engine import EngineMeasurement, parts
 from edge_agent.measuring.residency import Residency, admin_address
 from edge_agent.measuring.results import BenchSettings, EngineResult
@@ -125,7 +125,8 @@ async def _measure_one(
         progress.end()
         progress.listener.result(result)
     finally:
-        await residency.leave(engine.name)
+        with contextlib.suppress(Unavailable):  # the daemon has gone: what went before says more
+            await residency.leave(engine.name)
     slots, streams = result.worker_slots, target.settings.streams
     if slots is not None and slots < streams:
         text = f"{engine.name} decides {slots} at once: of {streams} streams the others wait"

@@ -183,24 +183,35 @@ def test_without_the_admin_socket_the_first_run_loads(bench, daemon, runtime_dir
     assert loaded(daemon) == [SMALL]
 
 
-def test_ctrl_c_leaves_no_run_and_no_engine_behind(daemon, tmp_path):
+def start_long(daemon: DaemonProcess) -> "subprocess.Popen[bytes]":
+    """The command in a process of its own, in the midst of its runs."""
     command = [
         sys.executable, "-m", "edge_agent", "bench", "--socket", str(daemon.api_socket),
         "--engine", SMALL, "--rounds", "100", "--max-output-tokens", "64",
     ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        try:
-            until = time.monotonic() + WAIT_S
-            while not active_runs(daemon):
-                assert time.monotonic() < until
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=WAIT_S)
-        finally:
-            process.kill()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until = time.monotonic() + WAIT_S
+    while not active_runs(daemon):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return process
+
+
+def test_ctrl_c_leaves_no_run_and_no_engine_behind(daemon):
+    with start_long(daemon) as process:
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=WAIT_S)
     assert (process.returncode, out) == (130, b"")
     assert b"Traceback" not in err
     assert active_runs(daemon) == 0
     with Client(str(daemon.api_socket)) as client:
         states = {engine.name: engine.state for engine in client.engines()}
     assert states[SMALL] is EngineState.INSTALLED
+
+
+def test_a_daemon_that_goes_away_is_named(store):
+    with running_daemon(store, CONFIG) as daemon, start_long(daemon) as process:
+        daemon.stop(signal.SIGKILL)
+        out, err = process.communicate(timeout=WAIT_S)
+    assert (process.returncode, out) == (1, b"")
+    assert f"error: no daemon answers at {daemon.api_socket}\n" in err.decode()
