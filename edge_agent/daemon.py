@@ -170,7 +170,7 @@ class Daemon:
 
     def status(self) -> DaemonStatus:
         """How the daemon is."""
-        reasons = self._degraded_reasons()
+        reasons, installed = self._look()
         state = DaemonState.DEGRADED if reasons else DaemonState.READY
         path = self._file.path
         return DaemonStatus(
@@ -181,7 +181,7 @@ class Daemon:
             started_at_s=self._started_s,
             uptime_s=time.monotonic() - self._started_monotonic_s,
             runs=self._runs.counts(),
-            engines_installed=self._installed(),
+            engines_installed=installed,
             engines_loaded=self._scheduler.loaded_count(),
             max_resident_engines=self._file.config.scheduling.max_resident_engines,
             halts=self._runs.halts(),
@@ -261,20 +261,19 @@ class Daemon:
         return installed[0].name if len(installed) == 1 else configured
 
     def _degraded_reasons(self) -> tuple[str, ...]:
+        return self._look()[0]
+
+    def _look(self) -> tuple[tuple[str, ...], int]:
+        """What is wrong, and how many engines are installed."""
         reasons = [self._file.problem] if self._file.problem else []
         try:
-            broken, installed = self._catalogue.problems(), self._catalogue.list()
+            installed, broken = self._catalogue.contents()
         except ManifestError as error:
-            return (*reasons, f"engine store: {error.message}")
+            return (*reasons, f"engine store: {error.message}"), 0
         reasons += [f"engine {each.name}: {each.description}" for each in broken]
         wrong = (context_problem(self._file.config, manifest) for manifest in installed)
-        return (*reasons, *(f"{each.field}: {each.description}" for each in wrong if each))
-
-    def _installed(self) -> int:
-        try:
-            return len(self._catalogue.list())
-        except ManifestError:  # the store can't be read: one of the reasons above
-            return 0
+        reasons += [f"{each.field}: {each.description}" for each in wrong if each]
+        return tuple(reasons), len(installed)
 
     def _status_line(self) -> str:
         if self._draining:

@@ -82,7 +82,7 @@ def run_install(args: argparse.Namespace) -> int:
 def run_list(args: argparse.Namespace) -> int:
     """List the installed engines; what is broken goes to stderr."""
     catalogue = _catalogue(args)
-    engines, problems = catalogue.list(), catalogue.problems()
+    engines, problems = catalogue.contents()
     if args.json:
         broken = [{"name": problem.name, "problem": problem.description} for problem in problems]
         document = {"engines": [_summary(manifest) for manifest in engines], "problems": broken}

@@ -73,7 +73,7 @@ def read_store(directory: Path | None) -> Store:
         return Store(problem="no directory for them")
     catalogue = Catalogue(directory)
     try:
-        return Store(catalogue.list(), catalogue.problems())
+        return Store(*catalogue.contents())
     except EdgeAgentError as error:
         return Store(problem=error.message)
     except OSError as error:

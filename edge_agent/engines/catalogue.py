@@ -5,6 +5,7 @@ store with a valid `manifest.json` of the same name; nothing else is ever listed
 `engines.install`'s.
 """
 
+import functools
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ class Catalogue:
         Raises:
             ManifestError: the store can't be read.
         """
-        return self._scan()[0]
+        return self.contents()[0]
 
     def problems(self) -> tuple[BrokenEngine, ...]:
         """What is in the store and is no engine, by name; hidden names are not reported.
@@ -54,7 +55,23 @@ class Catalogue:
         Raises:
             ManifestError: the store can't be read.
         """
-        return self._scan()[1]
+        return self.contents()[1]
+
+    def contents(self) -> tuple[tuple[Manifest, ...], tuple[BrokenEngine, ...]]:
+        """What `list` and `problems` say, at one look.
+
+        Raises:
+            ManifestError: the store can't be read.
+        """
+        engines: list[Manifest] = []
+        broken: list[BrokenEngine] = []
+        for name in self._names():
+            try:
+                engines.append(_read(self.root / name))
+            except ManifestError as error:
+                if os.path.lexists(self.root / name):  # else it was removed meanwhile
+                    broken.append(BrokenEngine(_printable(name), _printable(error.message)))
+        return tuple(engines), tuple(broken)
 
     def get(self, name: str) -> Manifest:
         """The manifest of an installed engine.
@@ -149,25 +166,18 @@ class Catalogue:
             metadata={"engine": name, "store": self.root, "installed": known},
         )
 
-    def _scan(self) -> tuple[tuple[Manifest, ...], tuple[BrokenEngine, ...]]:
-        engines: list[Manifest] = []
-        broken: list[BrokenEngine] = []
-        for name in self._names():
-            try:
-                engines.append(_read(self.root / name))
-            except ManifestError as error:
-                if os.path.lexists(self.root / name):  # else it was removed meanwhile
-                    broken.append(BrokenEngine(_printable(name), _printable(error.message)))
-        return tuple(engines), tuple(broken)
-
     def _names(self) -> Sequence[str]:
         try:
-            names = sorted(path.name for path in self.root.iterdir())
+            names = sorted(os.listdir(self.root))  # noqa: PTH208 - a third of iterdir's time
         except FileNotFoundError:
             return ()
         except OSError as error:
             raise ManifestError(f"{self.root}: {error.strerror}") from error
         return [name for name in names if not name.startswith(".")]
+
+
+# The file is read each time, since every run and every status asks; the same bytes say the same.
+_decoded = functools.lru_cache(maxsize=32)(decode_manifest)
 
 
 def _read(directory: Path) -> Manifest:
@@ -191,7 +201,7 @@ def _read(directory: Path) -> Manifest:
     if len(raw) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
     try:
-        manifest = decode_manifest(raw)
+        manifest = _decoded(raw)
     except ManifestError as error:
         raise ManifestError(f"{directory}: {error.message}", metadata=error.metadata) from error
     if manifest.name != directory.name:
@@ -211,7 +221,10 @@ def _printable(text: str) -> str:
 
 def _is_directory(path: Path) -> bool:
     """A directory itself, no link to one: everything of the store lies below the store."""
-    return path.is_dir() and not path.is_symlink()
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _check_size(directory: Path, spec: FileSpec) -> FieldViolation | None:
