@@ -5,6 +5,7 @@ core values are right already.
 """
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -13,6 +14,7 @@ from edge_agent import core
 from edge_agent.v1 import engine_service_pb2, run_service_pb2, system_service_pb2, types_pb2
 
 _NANOS = 1_000_000_000
+_Span = TypeVar("_Span", Duration, Timestamp)
 _ROLES = {
     core.Role.SYSTEM: types_pb2.ROLE_SYSTEM,
     core.Role.USER: types_pb2.ROLE_USER,
@@ -35,18 +37,12 @@ _DAEMON_STATES = {
 
 def duration(seconds: float | None) -> Duration | None:
     """A span; None stays unset."""
-    if seconds is None:
-        return None
-    nanos = round(seconds * _NANOS)
-    return Duration(seconds=nanos // _NANOS, nanos=nanos % _NANOS)
+    return None if seconds is None else _filled(Duration(), seconds)
 
 
 def timestamp(unix_s: float | None) -> Timestamp | None:
     """A point in time; None stays unset."""
-    if unix_s is None:
-        return None
-    nanos = round(unix_s * _NANOS)
-    return Timestamp(seconds=nanos // _NANOS, nanos=nanos % _NANOS)
+    return None if unix_s is None else _filled(Timestamp(), unix_s)
 
 
 def parts(values: Iterable[core.Part]) -> list[types_pb2.Part]:
@@ -77,60 +73,49 @@ def tool_result(result: core.ToolResult) -> types_pb2.ToolResult:
 
 def message(turn: core.Message) -> types_pb2.Message:
     """One turn of the conversation."""
-    return types_pb2.Message(
-        role=_ROLES[turn.role],
-        parts=parts(turn.parts),
-        tool_calls=[tool_call(call) for call in turn.tool_calls],
-        tool_call_id=turn.tool_call_id,
-        is_error=turn.is_error,
-    )
+    return _fill_message(types_pb2.Message(), turn)
 
 
 def run_error(error: core.RunError | None) -> types_pb2.RunError | None:
     """Why something ended; None stays unset."""
-    if error is None:
-        return None
-    return types_pb2.RunError(
-        reason=error.reason,
-        message=error.message,
-        retryable=error.retryable,
-        metadata=error.metadata,
-    )
+    return None if error is None else _fill_error(types_pb2.RunError(), error)
 
 
 def usage(used: core.Usage) -> types_pb2.Usage:
     """What was consumed."""
-    return types_pb2.Usage(
-        prompt_tokens=used.prompt_tokens,
-        cached_tokens=used.cached_tokens,
-        completion_tokens=used.completion_tokens,
-        queue_time=duration(used.queue_s),
-        load_time=duration(used.load_s),
-        ttft_ms=used.ttft_ms,
-        tokens_per_second=used.tokens_per_second,
-    )
+    return _fill_usage(types_pb2.Usage(), used)
 
 
 def run(value: core.Run, *, with_transcript: bool = True) -> run_service_pb2.Run:
     """A run as it stands."""
-    return run_service_pb2.Run(
-        id=value.id,
-        request_id=value.request_id,
-        client=value.client,
-        agent=value.agent,
-        engine=value.engine,
-        state=_STATES[value.state],
-        created_at=timestamp(value.created_at_s),
-        ended_at=timestamp(value.ended_at_s),
-        steps=value.steps,
-        transcript=[message(turn) for turn in value.transcript] if with_transcript else (),
-        open_tool_calls=[tool_call(call) for call in value.open_tool_calls],
-        partial_text=value.partial_text,
-        answer=value.answer,
-        error=run_error(value.error),
-        usage=usage(value.usage),
-        sequence=value.sequence,
-    )
+    target = run_service_pb2.Run()
+    fill_run(target, value, with_transcript=with_transcript)
+    return target
+
+
+def fill_run(target: run_service_pb2.Run, value: core.Run, *, with_transcript: bool = True) -> None:
+    """Write a run into the empty `target`: in place, since every copy of it costs."""
+    target.id = value.id
+    target.request_id = value.request_id
+    target.client = value.client
+    target.agent = value.agent
+    target.engine = value.engine
+    target.state = _STATES[value.state]
+    _filled(target.created_at, value.created_at_s)
+    if value.ended_at_s is not None:
+        _filled(target.ended_at, value.ended_at_s)
+    target.steps = value.steps
+    if with_transcript:
+        for turn in value.transcript:
+            _fill_message(target.transcript.add(), turn)
+    target.open_tool_calls.extend(map(tool_call, value.open_tool_calls))
+    target.partial_text = value.partial_text
+    if value.answer is not None:
+        target.answer = value.answer
+    if value.error is not None:
+        _fill_error(target.error, value.error)
+    _fill_usage(target.usage, value.usage)
+    target.sequence = value.sequence
 
 
 def fill_event(target: run_service_pb2.RunEvent, event: core.Event) -> None:
@@ -154,11 +139,11 @@ def fill_event(target: run_service_pb2.RunEvent, event: core.Event) -> None:
             target.step_finished.CopyFrom(_step_finished(finished))
         case core.CancelTool(tool_call_id=call_id, reason=reason):
             target.cancel_tool.tool_call_id = call_id
-            target.cancel_tool.reason.CopyFrom(run_error(reason) or types_pb2.RunError())
+            _fill_error(target.cancel_tool.reason, reason)
         case core.Snapshot(run=value):
-            target.snapshot.CopyFrom(run(value))
+            fill_run(target.snapshot, value)
         case core.RunFinished(run=value):
-            target.run_finished.run.CopyFrom(run(value))
+            fill_run(target.run_finished.run, value)
 
 
 def halt(value: core.Halt) -> run_service_pb2.HaltRecord:
@@ -209,6 +194,41 @@ def status(value: core.DaemonStatus) -> system_service_pb2.GetStatusResponse:
         halts=[halt(latched) for latched in value.halts],
         config_path=value.config_path,
     )
+
+
+def _filled(target: _Span, seconds: float) -> _Span:
+    """Seconds in protobuf's two fields."""
+    nanos = round(seconds * _NANOS)
+    target.seconds, target.nanos = nanos // _NANOS, nanos % _NANOS
+    return target
+
+
+def _fill_error(target: types_pb2.RunError, error: core.RunError) -> types_pb2.RunError:
+    target.reason, target.message = error.reason, error.message
+    target.retryable = error.retryable
+    target.metadata.update(error.metadata)
+    return target
+
+
+def _fill_message(target: types_pb2.Message, turn: core.Message) -> types_pb2.Message:
+    target.role = _ROLES[turn.role]
+    target.parts.extend(map(_part, turn.parts))
+    target.tool_calls.extend(map(tool_call, turn.tool_calls))
+    target.tool_call_id, target.is_error = turn.tool_call_id, turn.is_error
+    return target
+
+
+def _fill_usage(target: types_pb2.Usage, used: core.Usage) -> types_pb2.Usage:
+    target.prompt_tokens = used.prompt_tokens
+    target.cached_tokens = used.cached_tokens
+    target.completion_tokens = used.completion_tokens
+    _filled(target.queue_time, used.queue_s)
+    _filled(target.load_time, used.load_s)
+    if used.ttft_ms is not None:
+        target.ttft_ms = used.ttft_ms
+    if (tokens_per_second := used.tokens_per_second) is not None:
+        target.tokens_per_second = tokens_per_second
+    return target
 
 
 def _part(value: core.Part) -> types_pb2.Part:

@@ -131,10 +131,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     request = receive(raw, take, limit_bytes())
                 response = await behaviour(request, context)
             except asyncio.CancelledError:
-                _log_finished(info, started_s, "CANCELLED", None)
+                _log_finished(info, _since(started_s), "CANCELLED", None)
                 raise
             except grpc.aio.AbortError:  # health: has ended the call itself
-                _log_finished(info, started_s, "ABORTED_BY_HANDLER", None)
+                _log_finished(info, _since(started_s), "ABORTED_BY_HANDLER", None)
                 raise
             except EdgeAgentError as raised:
                 error = raised
@@ -142,9 +142,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 _log.exception("rpc_crashed", method=method, rpc_id=info.rpc_id)
                 error = internal_error(info.rpc_id)
             else:
-                _log_finished(info, started_s, "OK", None)
+                # The caller does not wait for the line: the answer is sent before it is written.
+                duration_s = _since(started_s)
+                asyncio.get_running_loop().call_soon(_log_finished, info, duration_s, "OK", None)
                 return response
-            _log_finished(info, started_s, error.code, error.reason)
+            _log_finished(info, _since(started_s), error.code, error.reason)
             # Last, since it waits for a caller that reads nothing.
             return await abort(context, error)
 
@@ -158,7 +160,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise admin_socket_required(method)
 
 
-def _log_finished(info: CallInfo, started_s: float, code: str, reason: str | None) -> None:
+def _since(started_s: float) -> float:
+    return time.monotonic() - started_s
+
+
+def _log_finished(info: CallInfo, duration_s: float, code: str, reason: str | None) -> None:
     log = _log.debug if info.method.startswith(_QUIET) else _log.info
     log(
         "rpc_finished",
@@ -168,7 +174,7 @@ def _log_finished(info: CallInfo, started_s: float, code: str, reason: str | Non
         rpc_id=info.rpc_id,
         code=code,
         reason=reason,
-        duration_ms=round((time.monotonic() - started_s) * 1000, 3),
+        duration_ms=round(duration_s * 1000, 3),
     )
 
 

@@ -76,7 +76,9 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         """One run."""
         run = self._runs.get(convert_request.run_id(request.run_id))
-        return pb.GetRunResponse(run=convert_response.run(run))
+        response = pb.GetRunResponse()
+        convert_response.fill_run(response.run, run)
+        return response
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         """A page of runs."""

@@ -6,11 +6,13 @@ Prompts, tool arguments, results and keys are never logged.
 import logging
 import sys
 from collections.abc import MutableMapping
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 import structlog
 
+_LEVELS = {name.lower(): level for name, level in logging.getLevelNamesMapping().items()}
 _threshold = logging.INFO
 
 
@@ -37,11 +39,7 @@ def configure(level: str, style: str) -> None:
         )
         return
     structlog.configure(
-        processors=[
-            *shared,
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(serializer=_encode),
-        ],
+        processors=[_render_json],
         logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
         cache_logger_on_first_use=True,
     )
@@ -51,10 +49,16 @@ def _drop_below_threshold(
     _logger: object, method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
     name = "error" if method == "exception" else method
-    if logging.getLevelNamesMapping().get(name.upper(), logging.INFO) < _threshold:
+    if _LEVELS.get(name, logging.INFO) < _threshold:
         raise structlog.DropEvent
     return event
 
 
-def _encode(event: object, **_options: object) -> bytes:
+def _render_json(_logger: object, method: str, event: MutableMapping[str, Any]) -> bytes:
+    """All of the processors in one, since every call writes a line."""
+    event = _drop_below_threshold(_logger, method, event)
+    if "exc_info" in event:
+        event = structlog.processors.format_exc_info(_logger, method, event)
+    event["level"] = "error" if method == "exception" else method
+    event["timestamp"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
     return msgspec.json.encode(event, enc_hook=str)

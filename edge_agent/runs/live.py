@@ -49,7 +49,8 @@ class LiveRun:
 
     def snapshot(self) -> Run:
         """The run as it stands."""
-        return dataclasses.replace(self.run, partial_text=self._log.open_text())
+        text, sequence = self._log.open_text(), self._log.sequence
+        return dataclasses.replace(self._run, partial_text=text, sequence=sequence)
 
     def emit(self, body: EventBody, **changes: Any) -> None:
         """Number an event, and change the snapshot with it."""

@@ -180,6 +180,7 @@ class MemoryRuns:
         yield Event(run_id, run.sequence, Snapshot(run))
         position = run.sequence if after_sequence is None else after_sequence
         self.watchers += 1
+        self._tell()
         try:
             while not (run.state.ended and position >= self._runs[run_id].sequence):
                 async with self.changed:
