@@ -151,7 +151,7 @@ class Worker(Section):
         default_factory=dict
     )
     threads: Threads | None = None
-    prefill_batch_tokens: int = Field(default=128, ge=8, le=2048)
+    prefill_batch_tokens: int = Field(default=64, ge=8, le=2048)
     heartbeat_interval_s: Duration = Field(default=1.0, alias="heartbeat_interval")
     heartbeat_timeout_s: Duration = Field(default=30.0, alias="heartbeat_timeout")
     backlog_tokens: int = Field(default=4096, ge=1, le=1_000_000)
