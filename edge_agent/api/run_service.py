@@ -43,7 +43,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         """Accept a run and send its events."""
         run = self._create(request)
         with _RunOfStream(self._runs, run, request.on_disconnect) as stream:
-            await self._send_events(run.id, None, pb.ExecuteRunResponse, context)
+            await self._send_events(run.id, 0, pb.ExecuteRunResponse, context)
             stream.finished = True
 
     async def Converse(  # type: ignore[override]  # writes itself
@@ -58,7 +58,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
             try:
                 async with asyncio.TaskGroup() as group:
                     reader = group.create_task(self._take_results(run.id, request_iterator))
-                    await self._send_events(run.id, None, pb.ConverseResponse, context)
+                    await self._send_events(run.id, 0, pb.ConverseResponse, context)
                     stream.finished = True
                     reader.cancel()
             except BaseExceptionGroup as failed:

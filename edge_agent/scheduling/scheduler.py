@@ -292,6 +292,9 @@ class Scheduler:
         self._changed.notify()
 
         def progressed(fraction: float) -> None:
+            # The backend and the file counter report independently; it never goes back.
+            if fraction <= (loaded.progress or 0.0):
+                return
             loaded.progress = fraction
             for observer in tuple(self._load_observers.get(name, ())):
                 observer(RunState.LOADING, fraction)
