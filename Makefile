@@ -45,8 +45,8 @@ engine: setup
 demo: engine  ## a simulated robot gives goals to a daemon of its own (ROBOT=quadruped|arm|ros2_operator)
 	$(BIN)/python examples/robots/show.py --robot $(ROBOT) --start-daemon --engines-dir $(ENGINE_STORE)
 
-test: engine check  ## every check and every test
-	$(BIN)/pytest
+test: engine check  ## every check and every test, two files at a time
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 check: setup lint-units  ## format, lint, types, protos, import rules, shell scripts, units
 	$(BIN)/ruff format --check $(CODE)
