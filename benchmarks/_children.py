@@ -1,8 +1,8 @@
 """The processes that benchmarks start: `python _children.py ROLE JSON`, then JSON lines.
 
 `engine` hosts the backend without anything of ours around it, `prefill` measures its prefill,
-`replay` and `echo` are bare gRPC servers, `daemon` is a daemon and the reader of its log, `silent`
-is many clients that read nothing, `library` is the engine's library alone, without our package.
+`replay` and `echo` are bare gRPC servers, `daemon` is a daemon that logs to a file, `silent` is
+many clients that read nothing, `library` is the engine's library alone, without our package.
 """
 
 import asyncio
@@ -12,11 +12,13 @@ import enum
 import json
 import os
 import random
+import shutil
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +26,7 @@ Answer = Callable[[dict[str, Any]], object]
 
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 """Else gRPC lets all channels to one address share one connection."""
+_START_TIMEOUT_S = 20.0
 _PLAIN_TOKENS = range(1000, 40_000)
 """Token ids without control tokens, as tokenizers put those at an end."""
 
@@ -176,17 +179,31 @@ def prefill(directory: str, options: dict[str, Any]) -> tuple[object, Answer]:
 
 
 def daemon(store: str, config: str) -> tuple[object, Answer]:
-    """A daemon whose log is read here: a thread that does is no neighbour of what is timed."""
-    from tests.support.daemon import running_daemon
+    """A daemon that logs to a file: whoever reads its log takes no time from what is timed."""
+    directory = Path(tempfile.mkdtemp(prefix="ea-"))
+    (directory / "config.yaml").write_text(config)
+    command = [
+        sys.executable, "-m", "edge_agent", "serve", "--config", str(directory / "config.yaml"),
+        "--runtime-dir", str(directory), "--state-dir", str(directory / "state"),
+        "--engines-dir", store,
+    ]  # fmt: skip
+    log = directory / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=file)
 
-    stack = ExitStack()
-    started = stack.enter_context(running_daemon(Path(store), config))
-    atexit.register(stack.close)
-    return {
-        "api": str(started.api_socket),
-        "admin": str(started.admin_socket),
-        "pid": started.process.pid,
-    }, lambda request: len(started.lines(request["count"]))
+    def end() -> None:
+        process.kill()
+        process.wait()
+        shutil.rmtree(directory, ignore_errors=True)
+
+    atexit.register(end)
+    until_s = time.monotonic() + _START_TIMEOUT_S
+    while b'"daemon_ready"' not in log.read_bytes():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until_s, "the daemon did not become ready"
+        time.sleep(0.05)
+    sockets = {name: str(directory / f"{name}.sock") for name in ("api", "admin")}
+    return {**sockets, "pid": process.pid}, lambda _request: {}
 
 
 def silent(socket: str, run_ids: list[str]) -> tuple[object, Answer]:

@@ -41,6 +41,7 @@ from edge_agent.core import (
     HaltScope,
     RunFinished,
     RunState,
+    Snapshot,
     StateChanged,
     StepFinished,
     TextDelta,
@@ -69,7 +70,8 @@ _CHUNK = 100
 class Plan:
     """Seconds for each thing, the least number of rounds, and how a prefill is measured.
 
-    `prefill_tokens` is the length of a prompt: two batches of the largest of `sizes`.
+    `prefill_tokens` is the length of a prompt while runs are cancelled; to compare `sizes`, it is
+    two of the largest.
     """
 
     unary_s: float
@@ -87,7 +89,7 @@ class Plan:
 
 DEFAULT_SIZE = Config().worker.prefill_batch_tokens
 QUICK = Plan(0, 0, 10, 0, 0, 0, 0, 1, 1, DEFAULT_SIZE + 32, (DEFAULT_SIZE,))
-FULL = Plan(30, 12, 200, 60, 24, 30, 50, 30, 3, 512, (8, 16, 32, 64, 128, 256))
+FULL = Plan(25, 12, 300, 45, 24, 30, 25, 20, 2, 288, (8, 16, 32, 64, 128, 256))
 
 
 @dataclass(slots=True)
@@ -389,7 +391,9 @@ class Bench:
         """Halt with scope ALL: until the answer, and until every run's last event."""
         for _ in rounds(self.plan.min_rounds, self.plan.halts_s):
             run_ids = [await self.create() for _ in range(RUNS)]
-            watching = [asyncio.create_task(self._end_of(run_id)) for run_id in run_ids]
+            seen = asyncio.Barrier(RUNS + 1)
+            watching = [asyncio.create_task(self._end_of(run_id, seen)) for run_id in run_ids]
+            await seen.wait()
             await self.places.until(SLOTS)
             await asyncio.sleep(random.uniform(0.05, 0.15))  # noqa: S311 - at any time of a step
             began_s = time.monotonic()
@@ -403,9 +407,11 @@ class Bench:
             await self.places.until(0)
             self.values.add("halt_to_idle_ms", since_ms(began_s))
 
-    async def _end_of(self, run_id: str) -> float:
+    async def _end_of(self, run_id: str, seen: asyncio.Barrier) -> float:
         async for event in self.client.watch(run_id):
-            if isinstance(event.body, RunFinished):
+            if isinstance(event.body, Snapshot):
+                await seen.wait()
+            elif isinstance(event.body, RunFinished):
                 return time.monotonic()
         raise AssertionError("a stream ended before its run")
 
@@ -457,12 +463,13 @@ def measure_sizes(values: Values, plan: Plan, arguments: Arguments) -> None:
             )
             for size in plan.sizes
         }
+        tokens = 2 * max(plan.sizes)
         for _ in rounds(plan.min_rounds, plan.sizes_s):
             for size, child in children.items():
-                whole_ms = child.ask(tokens=plan.prefill_tokens)["ms"]
-                values.add(f"prefill_ms_per_token_at_{size}", whole_ms / plan.prefill_tokens)
+                whole_ms = child.ask(tokens=tokens)["ms"]
+                values.add(f"prefill_ms_per_token_at_{size}", whole_ms / tokens)
                 after_s = random.uniform(0.1, 0.4) * whole_ms / 1000  # noqa: S311
-                stopped = child.ask(tokens=plan.prefill_tokens, cancel_after_s=after_s)
+                stopped = child.ask(tokens=tokens, cancel_after_s=after_s)
                 if stopped["cancelled"]:
                     values.add(f"prefill_cancel_ms_at_{size}", stopped["ms"])
 
