@@ -312,8 +312,9 @@ def test_a_disk_that_fills_during_an_install_leaves_nothing(
     assert names(small_disk) == {"filler"}
 
 
-def test_a_daemon_on_a_full_disk_works(tmp_path, small_disk, connect):
+def test_a_daemon_on_a_full_disk_works(tmp_path, small_disk, connect, monkeypatch):
     """Its engine store is full, so that not even the seal can be renewed."""
+    monkeypatch.setattr("edge_agent.engines.install.SPACE_MARGIN_BYTES", 0)
     recipe = write_engine(tmp_path, {"model.bin": bytes(1000)})
     install(find_recipe(str(recipe), tmp_path), Catalogue(small_disk), lambda *_: None)
     directory = small_disk / NAME
