@@ -8,9 +8,11 @@ import asyncio
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -68,6 +70,7 @@ class EngineHost:
         self.slots = 0
         self.context_tokens = manifest.context_tokens
         self.load_s: float | None = None
+        self.backend_version = ""
         self.lost: asyncio.Future[WorkerError] = asyncio.get_running_loop().create_future()
         self._settings = settings
         self._sequences: dict[int, Sequence] = {}
@@ -78,6 +81,7 @@ class EngineHost:
         self._channel = _Channel(self._take, self._hung_up)
         self._tasks: list[asyncio.Task[None]] = []
         self._heard_s = 0.0
+        self._scratch = ""
 
     @property
     def pid(self) -> int:
@@ -120,12 +124,15 @@ class EngineHost:
         finally:
             watch.cancel()
         self.slots, self.load_s = ready.slots, ready.load_s
+        self.backend_version = ready.backend_version
         # Not before: native loading may hold the worker's interpreter for as long as it takes.
         self._tasks.append(asyncio.create_task(self._watch_heartbeat()))
 
     async def _spawn(self, theirs: socket.socket) -> None:
         python = self._settings.python or sys.executable
         arguments = (theirs.fileno(), os.getpid(), self._settings.oom_score_adj)
+        environ = {key: value for key, value in os.environ.items() if key not in _OURS_ALONE}
+        environ["TMPDIR"] = self._make_scratch()
         try:
             self._process = await asyncio.create_subprocess_exec(
                 python,
@@ -136,12 +143,20 @@ class EngineHost:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                env={key: value for key, value in os.environ.items() if key not in _OURS_ALONE},
+                env=environ,
             )
         except OSError as error:
             raise LoadFailed(
                 f"worker_python {python}: {error.strerror}", metadata={"python": python}
             ) from error
+
+    def _make_scratch(self) -> str:
+        """The worker's temporary directory: ours to remove, since it may end without a word."""
+        try:
+            self._scratch = tempfile.mkdtemp(prefix="edge-agent-")
+        except OSError as error:
+            raise LoadFailed(f"no temporary directory for the worker: {error}") from error
+        return self._scratch
 
     def decide(self, request: StepRequest, on_text: OnText) -> Sequence:
         """Begin a step; await `ended` of what is returned, and `cancel` it to stop.
@@ -154,8 +169,8 @@ class EngineHost:
         if self.lost.done():
             raise self.lost.result()
         sequence = Sequence(next(self._ids), on_text)
+        self._channel.send(protocol.Generate(sequence.id, request))  # may be too large to send
         self._sequences[sequence.id] = sequence
-        self._channel.send(protocol.Generate(sequence.id, request))
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
@@ -183,6 +198,8 @@ class EngineHost:
                     process.kill()
                 await self._prove_gone(process, timeout_s / 2)
         self._channel.close()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
         if self._tasks:  # the first reads the output: a process's last words tell the most
             await asyncio.wait(self._tasks[:1], timeout=_LAST_WORDS_S)
         for task in self._tasks:
