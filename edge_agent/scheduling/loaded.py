@@ -89,7 +89,7 @@ class LoadedEngine:
 
     def worker_info(self) -> WorkerInfo | None:
         """The process behind it, while there is one."""
-        if self.state in {EngineState.FAILED, EngineState.INSTALLED}:
+        if self.state is EngineState.FAILED:
             return None
         host = self.host
         return WorkerInfo(host.pid, host.slots, self.active, self.waiting, host.load_s)

@@ -18,7 +18,7 @@ import structlog
 from edge_agent.core import EngineInfo, EngineState, RunError, RunState, StepRequest, StepResult
 from edge_agent.engines import manifest as manifests
 from edge_agent.engines.catalogue import Catalogue
-from edge_agent.engines.host import EngineHost, Sequence, WorkerSettings
+from edge_agent.engines.host import EngineHost, OnText, Sequence, WorkerSettings
 from edge_agent.engines.manifest import Manifest
 from edge_agent.engines.protocol import Options
 from edge_agent.errors import (
@@ -32,7 +32,6 @@ from edge_agent.scheduling.loaded import LoadedEngine
 from edge_agent.scheduling.residency import Resident, choose_victim
 from edge_agent.wakeup import Wakeup
 
-OnText = Callable[[str, int], None]
 OnState = Callable[[RunState, float | None], None]
 
 _RETRY_AFTER_S = 1.0
@@ -238,6 +237,8 @@ class Scheduler:
             return await asyncio.shield(task)
         finally:
             observers.discard(on_state)
+            if not observers:
+                self._load_observers.pop(name, None)
             if name in self._loaded:
                 self._loaded[name].arrived(on_state)
 
@@ -315,8 +316,14 @@ class Scheduler:
         loaded.arriving.update(self._load_observers.get(name, ()))
         loaded.become(EngineState.READY)
         host.lost.add_done_callback(lambda lost: self._lost(name, loaded, lost.result()))
-        log.info("engine_loaded", engine=name, pid=host.pid, load_s=host.load_s, slots=host.slots)
-        self._changed.notify()
+        log.info(
+            "engine_loaded",
+            engine=name,
+            pid=host.pid,
+            load_s=host.load_s,
+            slots=host.slots,
+            backend_version=host.backend_version,
+        )
         return loaded
 
     async def _load_failed(self, name: str, loaded: LoadedEngine, error: LoadFailed) -> None:
@@ -329,19 +336,15 @@ class Scheduler:
         await loaded.all_arrived()
         if loaded.state is EngineState.READY:
             loaded.become(EngineState.DRAINING)
-            self._changed.notify()
             await loaded.drained()
         if loaded.state is EngineState.DRAINING:
             loaded.become(EngineState.STOPPING)
-            self._changed.notify()
         try:
             await loaded.host.stop(self.settings.unload_timeout_s)
         except WorkerError as error:
             loaded.become(EngineState.FAILED, error.as_run_error())
             log.error("engine_unload_unproven", engine=name, reason=error.reason, error=str(error))
             raise
-        finally:
-            self._changed.notify()
         if self._loaded.get(name) is loaded:
             del self._loaded[name]
         self._changed.notify()
@@ -358,7 +361,6 @@ class Scheduler:
         """Remember why the engine failed, and take it out once its process is proven gone."""
         self._failures[name] = error.as_run_error()
         loaded.become(EngineState.FAILED, error.as_run_error())
-        self._changed.notify()
         with contextlib.suppress(WorkerError):  # tried again, and reported, at the next load
             await loaded.host.stop(self.settings.unload_timeout_s)
             if self._loaded.get(name) is loaded:
