@@ -15,9 +15,9 @@
     ├── EngineError               FAILED_PRECONDITION
     │   ├── ManifestError
     │   └── InstallError
-    └── WorkerError               UNAVAILABLE         retryable
-        ├── LoadFailed            FAILED_PRECONDITION not retryable
-        └── StepFailed            as the worker says
+    ├── WorkerError               UNAVAILABLE         retryable
+    │   └── LoadFailed            FAILED_PRECONDITION not retryable
+    └── StepFailed                INVALID_ARGUMENT    retryable where the worker says so
 
 Each class names its gRPC code as a string, so that nothing here imports grpc; `api.errors` maps it.
 `reason` is UPPER_SNAKE_CASE and stable; every dynamic part of the message is in `metadata`

@@ -3,13 +3,11 @@
 import argparse
 import time
 
-from edge_agent.cli.output import add_json, add_socket, connect, print_json
+from edge_agent.cli.output import Subparsers, add_json, add_socket, connect, print_json
 from edge_agent.core import Halt, HaltScope
 
-Subparsers = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
 
-
-def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add `halt` and what is below it."""
     parser = subparsers.add_parser(
         "halt",
@@ -47,7 +45,7 @@ def run_halt(args: argparse.Namespace) -> int:
         return 0
     print(f"halted: {_line(outcome.halt)}; {outcome.runs_stopped} runs stopped")
     if not outcome.recorded:
-        print("warning: it acts, but could not be written to disk; a restart will halt all")
+        print("warning: it acts, but could not be written to disk: a restart would forget it")
     return 0
 
 
