@@ -37,7 +37,7 @@ from edge_agent.strict_yaml import (
     format_path,
     read_yaml,
 )
-from edge_agent.units import format_duration, format_size, parse_duration, parse_size
+from edge_agent.units import KIB, MIB, format_duration, format_size, parse_duration, parse_size
 
 RESTART_KEYS: Final = ("engines_dir", "preload", "log.format")
 """Keys that only take effect at the next start; a reload changes all others.
@@ -45,8 +45,6 @@ RESTART_KEYS: Final = ("engines_dir", "preload", "log.format")
 What is below `worker` and `engines` holds for engines that are loaded from then on.
 """
 
-_KIB: Final = 1 << 10
-_MIB: Final = 1 << 20
 _SHOWN_CHARACTERS: Final = 60
 _SHORT: Final = reprlib.Repr()  # looks at a few items only, so that no YAML bomb goes off
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _SHOWN_CHARACTERS + 1
@@ -128,10 +126,10 @@ class Runs(Section):
     max_retained: int = Field(default=1000, ge=1, le=100_000)
     # Half of a worker's largest frame at most, so that a step can carry the request.
     max_request_bytes: Size = Field(
-        default=4 * _MIB, ge=64 * _KIB, le=32 * _MIB, alias="max_request_size"
+        default=4 * MIB, ge=64 * KIB, le=32 * MIB, alias="max_request_size"
     )
     max_tools: int = Field(default=256, ge=1, le=1024)
-    max_tool_result_bytes: Size = Field(default=256 * _KIB, alias="max_tool_result_size")
+    max_tool_result_bytes: Size = Field(default=256 * KIB, alias="max_tool_result_size")
     slow_reader_s: Duration = Field(default=30.0, alias="slow_reader")
 
 

@@ -7,6 +7,10 @@ import re
 from decimal import Decimal
 from typing import Final
 
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+
 MAX_DURATION_S: Final = 365 * 24 * 3600.0
 MAX_SIZE_BYTES: Final = 1 << 50
 
@@ -22,7 +26,7 @@ _DURATION_UNITS_S: Final = {
     "s": Decimal(1),
     "ms": Decimal("0.001"),
 }
-_SIZE_UNITS_BYTES: Final = {"TiB": 1 << 40, "GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "B": 1}
+_SIZE_UNITS_BYTES: Final = {"TiB": 1 << 40, "GiB": GIB, "MiB": MIB, "KiB": KIB, "B": 1}
 
 
 def parse_duration(text: object) -> float:

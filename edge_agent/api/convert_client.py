@@ -98,9 +98,9 @@ def run(value: run_service_pb2.Run) -> core.Run:
         agent=value.agent,
         engine=value.engine,
         state=_run_state(value.state),
-        created_at_s=_unix_s(value.created_at),
+        created_at_s=_seconds(value.created_at),
         sequence=value.sequence,
-        ended_at_s=_unix_s(value.ended_at) if value.HasField("ended_at") else None,
+        ended_at_s=_seconds(value.ended_at) if value.HasField("ended_at") else None,
         steps=value.steps,
         transcript=tuple(_message(turn) for turn in value.transcript),
         open_tool_calls=tuple(_tool_call(call) for call in value.open_tool_calls),
@@ -125,7 +125,7 @@ def halt(value: run_service_pb2.HaltRecord) -> core.Halt:
         target=value.target,
         reason=value.reason,
         client=value.client,
-        created_at_s=_unix_s(value.created_at),
+        created_at_s=_seconds(value.created_at),
     )
 
 
@@ -183,7 +183,7 @@ def status(value: system_service_pb2.GetStatusResponse) -> core.DaemonStatus:
         state=core.DaemonState[system_service_pb2.DaemonState.Name(value.state)[13:]],
         degraded_reasons=tuple(value.degraded_reasons),
         pid=value.pid,
-        started_at_s=_unix_s(value.started_at),
+        started_at_s=_seconds(value.started_at),
         uptime_s=_seconds(value.uptime),
         runs={core.RunState[state]: count for state, count in value.runs.items()},
         engines_installed=value.engines_installed,
@@ -293,9 +293,5 @@ def _usage(value: types_pb2.Usage) -> core.Usage:
     )
 
 
-def _seconds(value: Duration) -> float:
-    return value.seconds + value.nanos / _NANOS
-
-
-def _unix_s(value: Timestamp) -> float:
+def _seconds(value: Duration | Timestamp) -> float:
     return value.seconds + value.nanos / _NANOS

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from edge_agent.cli.output import (
     CLIENT_NAME,
+    Subparsers,
     add_json,
     add_socket,
     connect,
@@ -23,11 +24,10 @@ from edge_agent.errors import EdgeAgentError, InvalidRequest
 if TYPE_CHECKING:
     from edge_agent.measuring.results import Document, EngineResult
 
-Subparsers = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
 _MAX_STREAMS: Final = 64
 
 
-def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add `bench`."""
     parser = subparsers.add_parser(
         "bench",

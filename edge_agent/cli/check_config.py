@@ -4,12 +4,10 @@ import argparse
 import os
 from pathlib import Path
 
-from edge_agent.cli.output import add_json, print_json
-
-Subparsers = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
+from edge_agent.cli.output import Subparsers, add_json, print_json
 
 
-def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add `check-config`."""
     parser = subparsers.add_parser(
         "check-config",

@@ -2,11 +2,12 @@
 
 import argparse
 
-Subparsers = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
+from edge_agent.cli.output import Subparsers
+
 SHELLS = ("bash", "zsh", "tcsh")
 
 
-def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add `completion`."""
     parser = subparsers.add_parser(
         "completion",

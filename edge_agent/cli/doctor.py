@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from edge_agent import __version__
-from edge_agent.cli.output import add_json, print_json
+from edge_agent.cli.output import Subparsers, absolute, add_json, print_json
 
 if TYPE_CHECKING:
     from edge_agent.doctor import Finding
 
-Subparsers = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
 
 _MARKS: Final = {"ok": "ok", "warn": "warn", "fail": "FAIL", "unknown": "?"}
 _WORDS: Final = {"fail": "failure", "warn": "warning", "unknown": "unknown"}
@@ -24,7 +23,7 @@ _MARK_CELLS: Final = max(map(len, _MARKS.values()))
 _NARROWEST: Final = 40
 
 
-def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add `doctor`."""
     parser = subparsers.add_parser(
         "doctor",
@@ -39,7 +38,7 @@ def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
         ("--engines-dir", "DIR", "the engine store (default: engines_dir of the configuration)"),
         ("--sysroot", "DIR", "read /proc, /sys, /etc, /dev, /run and /var below DIR (default: /)"),
     ):
-        parser.add_argument(option, type=_absolute, metavar=metavar, help=meaning)
+        parser.add_argument(option, type=absolute, metavar=metavar, help=meaning)
     add_json(parser)
     parser.set_defaults(handler=run_doctor)
 
@@ -98,7 +97,3 @@ def _summary(findings: "tuple[Finding, ...]") -> str:
         return "everything is ok"
     missing = "something" if counts["fail"] else "nothing"
     return f"{found}: {missing} that the configuration needs is missing"
-
-
-def _absolute(value: str) -> Path:
-    return Path(value).absolute()

@@ -15,18 +15,15 @@ from typing import Any
 import msgspec
 
 from edge_agent import paths
-from edge_agent.cli.output import add_json, print_json
+from edge_agent.cli.output import Subparsers, add_json, aligned, print_json
 from edge_agent.cli.progress import ProgressBar
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.install import find_recipe, install
 from edge_agent.engines.manifest import Manifest, digest
-
-Subparsers = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
-
-_MIB = 1 << 20
+from edge_agent.units import MIB
 
 
-def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add `engines` and what is below it; each leaf sets `handler`, which returns the exit code."""
     parser = subparsers.add_parser(
         "engines",
@@ -169,17 +166,13 @@ def _table(engines: tuple[Manifest, ...]) -> str:
             (
                 manifest.name,
                 manifest.backend.name,
-                f"{size_bytes / _MIB:.0f} MiB",
-                f"{manifest.memory.steady_bytes / _MIB:.0f} MiB",
+                f"{size_bytes / MIB:.0f} MiB",
+                f"{manifest.memory.steady_bytes / MIB:.0f} MiB",
                 f"{manifest.context_tokens} tokens",
                 manifest.licence,
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return "\n".join(aligned(rows))
 
 
 def _lines(value: Any, indent: str = "") -> list[str]:

@@ -1,11 +1,13 @@
-"""How commands speak: JSON of core values, errors with what to do next, the daemon's address.
+"""What commands share: their options, JSON of core values, tables, errors with what to do next.
 
 Owns the words of hints. Everything heavy is imported by those who need it.
 """
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
@@ -14,6 +16,8 @@ from edge_agent.errors import EdgeAgentError
 if TYPE_CHECKING:
     from edge_agent.client import Client
 
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
+"""What commands register with; argparse has no public name for it."""
 CLIENT_NAME = "edge-agent-cli"
 _HINTS = {
     "ADMIN_SOCKET_REQUIRED": "call admin.sock: --socket admin",
@@ -26,7 +30,7 @@ _HINTS = {
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """The option that every command has."""
+    """The option of every command that has something to tell programs."""
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
@@ -42,14 +46,26 @@ def add_socket(parser: argparse.ArgumentParser) -> None:
 
 def connect(args: argparse.Namespace) -> "Client":
     """A client for the daemon that the command line names."""
-    from pathlib import Path
-
     from edge_agent.client import Client, default_address
 
     address = args.socket
     if address in ("api", "admin"):
         address = str(Path(default_address()).with_name(f"{address}.sock"))
     return Client(address, name=CLIENT_NAME)
+
+
+def absolute(value: str) -> Path:
+    """A path on the command line, whatever becomes of the working directory."""
+    return Path(value).absolute()
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def print_json(value: object) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_agent.cli.output import add_json, add_socket, connect
+from edge_agent.cli.output import Subparsers, add_json, add_socket, connect
 from edge_agent.cli.run_printer import RunPrinter, note
 from edge_agent.core import Message, Role, TextPart
 from edge_agent.units import parse_duration
@@ -16,10 +16,8 @@ from edge_agent.units import parse_duration
 if TYPE_CHECKING:
     from edge_agent.client import Client, RunOptions, Tools
 
-Subparsers = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
 
-
-def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add `run`."""
     parser = subparsers.add_parser(
         "run",

@@ -1,12 +1,11 @@
 """`edge-agent serve`: the daemon itself, in the foreground."""
 
 import argparse
-from pathlib import Path
 
-Subparsers = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
+from edge_agent.cli.output import Subparsers, absolute
 
 
-def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add `serve`."""
     parser = subparsers.add_parser(
         "serve",
@@ -28,7 +27,7 @@ def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
         ("--engines-dir", "the engine store (default: engines_dir of the configuration)"),
     ):
         metavar = "FILE" if option == "--config" else "DIR"
-        parser.add_argument(option, type=_absolute, metavar=metavar, help=meaning)
+        parser.add_argument(option, type=absolute, metavar=metavar, help=meaning)
     parser.add_argument("--json", action="store_true", help="print errors at the start as JSON")
     parser.set_defaults(handler=run_serve)
 
@@ -38,7 +37,3 @@ def run_serve(args: argparse.Namespace) -> int:
     from edge_agent import daemon
 
     return daemon.main(args.config, args.runtime_dir, args.state_dir, args.engines_dir)
-
-
-def _absolute(value: str) -> Path:
-    return Path(value).absolute()

@@ -3,14 +3,19 @@
 import argparse
 from collections.abc import Sequence
 
-from edge_agent.cli.output import add_json, add_socket, connect, print_json
+from edge_agent.cli.output import (
+    Subparsers,
+    add_json,
+    add_socket,
+    aligned,
+    connect,
+    print_json,
+)
 from edge_agent.core import DaemonStatus, EngineInfo
-
-Subparsers = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
-_MIB = 1 << 20
+from edge_agent.units import MIB
 
 
-def register(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
+def register(subparsers: Subparsers) -> None:
     """Add `status`."""
     parser = subparsers.add_parser(
         "status",
@@ -52,8 +57,7 @@ def describe(status: DaemonStatus, engines: Sequence[EngineInfo]) -> list[str]:
     rows: list[tuple[str, ...]] = [("NAME", "STATE", "MEMORY", "SLOTS", "ACTIVE", "WAITING", "PID")]
     rows += [_row(engine) for engine in engines]
     if engines:
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines += ["  " + _aligned(row, widths) for row in rows]
+        lines += ["  " + row for row in aligned(rows)]
     lines += [
         f"  {engine.name}: {engine.error.message}" for engine in engines if engine.error is not None
     ]
@@ -64,16 +68,12 @@ def _row(engine: EngineInfo) -> tuple[str, ...]:
     state = str(engine.state)
     if engine.load_progress is not None:
         state += f" {engine.load_progress:.0%}"
-    memory = f"{engine.steady_bytes / _MIB:.0f} MiB"
+    memory = f"{engine.steady_bytes / MIB:.0f} MiB"
     worker = engine.worker
     if worker is None:
         return (engine.name, state, memory, "-", "-", "-", "-")
     numbers = (worker.slots, worker.active_steps, worker.waiting_steps, worker.pid)
     return (engine.name, state, memory, *map(str, numbers))
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def _span(seconds: float) -> str:

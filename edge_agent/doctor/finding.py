@@ -6,12 +6,9 @@ want to mend; UNKNOWN for what can't be told here. All but OK say what to do abo
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
 
 from edge_agent.telemetry.reading import Reading, ReadingStatus
-
-_MIB: Final = 1 << 20
-_GIB: Final = 1 << 30
+from edge_agent.units import GIB, MIB
 
 
 class FindingStatus(StrEnum):
@@ -74,9 +71,9 @@ def worst(findings: tuple[Finding, ...]) -> FindingStatus:
 
 def size_text(size_bytes: int) -> str:
     """For people, in the largest unit of which there is at least one."""
-    if size_bytes >= _GIB:
-        return f"{size_bytes / _GIB:.1f} GiB"
-    return f"{size_bytes / _MIB:.0f} MiB" if size_bytes >= _MIB else f"{size_bytes >> 10} KiB"
+    if size_bytes >= GIB:
+        return f"{size_bytes / GIB:.1f} GiB"
+    return f"{size_bytes / MIB:.0f} MiB" if size_bytes >= MIB else f"{size_bytes >> 10} KiB"
 
 
 def is_absent(reading: Reading[object]) -> bool:

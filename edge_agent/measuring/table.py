@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from edge_agent.measuring.results import EngineResult, MachineInfo
+from edge_agent.units import GIB, MIB
 
 UNKNOWN: Final = "-"
-_MIB: Final = 1 << 20
-_GIB: Final = 1 << 30
 _GAP: Final = "  "
 _WRAPPING: Final[Mapping[str, Any]] = {"subsequent_indent": "  ", "break_on_hyphens": False}
 _FINE: Final = 10
@@ -131,7 +130,7 @@ def machine_text(machine: MachineInfo) -> str:
         cores = f"{machine.cores} core{'s' if machine.cores > 1 else ''}"
         said.append(f"{cores} of {machine.cpu}" if machine.model and machine.cpu else cores)
     if machine.memory_total_bytes is not None:
-        said.append(f"{machine.memory_total_bytes / _GIB:.1f} GiB")
+        said.append(f"{machine.memory_total_bytes / GIB:.1f} GiB")
     said += [f"L4T {machine.l4t_release}" if machine.l4t_release else None, machine.kernel]
     return ", ".join(_plain(text) for text in said if text) or "unknown machine"
 
@@ -221,7 +220,7 @@ def _long(result: EngineResult, name: str) -> Value:
 
 
 def _mib(size_bytes: int | None) -> Value:
-    return None if size_bytes is None else size_bytes / _MIB
+    return None if size_bytes is None else size_bytes / MIB
 
 
 def _celsius(milli_c: int | None) -> Value:
