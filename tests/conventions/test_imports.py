@@ -47,7 +47,6 @@ LAYERS = {
     "strict_yaml": Layer.PURE,
     "units": Layer.PURE,
     "wakeup": Layer.PURE,
-    "routing": Layer.PURE,
     "decoding": Layer.PURE,
     "engines.manifest": Layer.PURE,
     "engines.protocol": Layer.PURE,
@@ -56,17 +55,10 @@ LAYERS = {
     "measuring.results": Layer.PURE,
     "measuring.statistics": Layer.PURE,
     "measuring.table": Layer.PURE,
-    "scheduling.admission": Layer.PURE,
-    "scheduling.eviction": Layer.PURE,
-    "scheduling.order": Layer.PURE,
-    "scheduling.queue": Layer.PURE,
     "scheduling.residency": Layer.PURE,
     "backends.base": Layer.PURE,
     "backends": Layer.OWNER,
-    "building": Layer.OWNER,
     "engines": Layer.OWNER,
-    "escalation": Layer.OWNER,
-    "ledger": Layer.OWNER,
     "observability": Layer.OWNER,
     "runs": Layer.OWNER,
     "scheduling": Layer.OWNER,
@@ -87,15 +79,11 @@ DECIDING = (
     "measuring.results",
     "measuring.statistics",
     "measuring.table",
-    "routing",
-    "scheduling.admission",
-    "scheduling.eviction",
-    "scheduling.order",
     "scheduling.residency",
 )
 EFFECTS = frozenset({"asyncio", "random", "socket", "sqlite3", "subprocess", "threading", "time"})
 
-GRPC_HOMES = ("api", "client", "cli", "observability.otlp")
+GRPC_HOMES = ("api", "client")
 HOMES = {
     "grpc": GRPC_HOMES,
     "grpc_health": GRPC_HOMES,
@@ -112,7 +100,7 @@ HOMES = {
 
 # Only a worker, and doctor, load the code of a backend.
 CONCRETE_BACKENDS = ("backends.llama_cpp", "backends.tensorrt_edgellm", "backends.tensorrt_llm")
-BACKEND_USERS = ("backends", "engines.worker", "engines.worker_main", "doctor")
+BACKEND_USERS = ("backends", "engines.worker", "doctor")
 
 # Loaded in every daemon, client and command before anything is asked of them.
 STARTS = ("daemon", "cli.main", "client")
@@ -332,7 +320,11 @@ def test_the_package_keeps_the_rules():
 LONG_FUNCTION = "def long():\n" + "    pass\n" * FUNCTION_LINES
 PLANTED = {
     "core imports an owner": ("core.py", "import edge_agent.runs\n", "core (CORE) imports runs"),
-    "relative": ("routing/rules.py", "from ..runs import loop\n", "routing.rules (PURE) imports"),
+    "relative": (
+        "scheduling/residency.py",
+        "from ..runs import loop\n",
+        "scheduling.residency (PURE) imports",
+    ),
     "from the package": ("core.py", "from edge_agent import daemon\n", "imports daemon (DAEMON)"),
     "for types only": (
         "errors.py",
@@ -356,7 +348,7 @@ PLANTED = {
         "runs.x imports backends.llama_cpp, which only a worker loads",
     ),
     "a clock in a decision": (
-        "routing/x.py",
+        "scheduling/residency.py",
         "from time import monotonic\n",
         "decides and imports",
     ),
@@ -389,7 +381,7 @@ def small_package(tmp_path: Path) -> Path:
         "core.py": "",
         "errors.py": "from edge_agent import core\n",
         "config.py": "import pydantic\nfrom edge_agent.core import x\n",
-        "routing/__init__.py": "",
+        "scheduling/__init__.py": "",
         "runs/__init__.py": "",
         "runs/loop.py": "import asyncio\nfrom edge_agent.backends import base\n",
         "engines/__init__.py": "",
