@@ -2,9 +2,7 @@
 
 Owns what has been decided but not yet sent. While a write is in flight, or the daemon reads
 slowly, more text of the same sequence is merged into one delta; a sequence whose unsent text
-exceeds the bound in tokens or age is given up rather than allowed to grow. The thread that
-completes an engine step writes it by itself where the socket has room: to wake another one for it
-costs the first token up to 2 ms on busy cores.
+exceeds the bound in tokens or age is given up rather than allowed to grow.
 """
 
 import threading
@@ -37,17 +35,10 @@ class Outbox:
         *,
         backlog_tokens: int,
         backlog_s: float,
-        try_send: Callable[[bytes], int] = lambda _frames: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Send frames with `send`, which may block as long as the daemon does not read.
-
-        `try_send` sends what there is room for, without blocking, and returns how many bytes.
-        """
+        """Send frames with `send`, which may block as long as the daemon does not read."""
         self._send = send
-        self._try_send = try_send
-        self._sending = False
-        self._rest = b""
         self._backlog_tokens = backlog_tokens
         self._backlog_s = backlog_s
         self._clock = clock
@@ -67,11 +58,9 @@ class Outbox:
                 unsent = self._unsent[sequence] = _Unsent(now_s)
             unsent.pieces.append(text)
             unsent.tokens += tokens
+            self._changed.notify()
             within_age = now_s - unsent.since_s <= self._backlog_s
-            within = within_age and unsent.tokens <= self._backlog_tokens
-            frames = self._begin_here()
-        self._send_here(frames)
-        return within
+            return within_age and unsent.tokens <= self._backlog_tokens
 
     def finished(self, sequence: int, result: StepResult) -> None:
         """The sequence's decision, after all its text."""
@@ -97,53 +86,27 @@ class Outbox:
         """Send until closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(self._may_send)
+                self._changed.wait_for(self._anything)
                 if not self._anything_unsent():
                     return
                 self._changed.wait_for(self._step_complete, timeout=_STEP_WINDOW_S)
-                if self._sending or not self._anything_unsent():
-                    continue  # another thread has completed the step, and writes it
-                frames, self._rest = self._rest + self._take(), b""
-                self._sending = True
+                frames = self._take()
             self._send(frames)
-            with self._changed:
-                self._sending = False
 
     def _end(self, end: Finished | Failed) -> None:
         with self._changed:
             self._ended.append(end)
-            frames = self._begin_here()
-        self._send_here(frames)
-
-    def _begin_here(self) -> bytes:
-        """What this thread is to write; nothing if another one does or shall."""
-        if self._sending or self._rest or not self._step_complete():
             self._changed.notify()
-            return b""
-        self._sending = True
-        return self._take()
-
-    def _send_here(self, frames: bytes) -> None:
-        """Write without blocking; what there is no room for is the sending thread's."""
-        if not frames:
-            return
-        sent = self._try_send(frames)
-        with self._changed:
-            self._sending = False
-            self._rest = frames[sent:]
-            if self._anything_unsent() or self._closed:
-                self._changed.notify()
 
     def _anything_unsent(self) -> bool:
-        return bool(self._rest or self._unsent or self._ended or self._messages)
+        return bool(self._unsent or self._ended or self._messages)
 
-    def _may_send(self) -> bool:
-        return not self._sending and (self._closed or self._anything_unsent())
+    def _anything(self) -> bool:
+        return self._closed or self._anything_unsent()
 
     def _step_complete(self) -> bool:
         """Every sequence that streamed in the last write has something again."""
-        urgent = bool(self._rest or self._ended or self._messages)
-        return urgent or self._streaming <= self._unsent.keys()
+        return bool(self._ended or self._messages) or self._streaming <= self._unsent.keys()
 
     def _take(self) -> bytes:
         frames = [encode(message) for message in self._messages]

@@ -36,7 +36,6 @@ class Worker:
         options = load.options
         self._outbox = Outbox(
             channel.sendall,
-            try_send=self._try_send,
             backlog_tokens=options.backlog_tokens,
             backlog_s=options.backlog_s,
         )
@@ -74,14 +73,6 @@ class Worker:
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # the daemon is gone: the main thread sees it too
             self._outbox.run()
-
-    def _try_send(self, frames: bytes) -> int:
-        try:
-            return self._channel.send(frames, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return 0
-        except OSError:  # the daemon is gone: the main thread sees it too
-            return len(frames)
 
     def _load_engine(self) -> None:
         load, options = self._load, self._load.options

@@ -17,7 +17,6 @@ from edge_agent.engines.protocol import (
     Framer,
     Pong,
     ToDaemon,
-    encode,
     to_daemon_decoder,
 )
 
@@ -250,68 +249,3 @@ class TestClosing:
         outbox.message(Pong(1))
         with pytest.raises(BrokenPipeError):
             outbox.run()
-
-
-class TestWritingHere:
-    """The thread that completes an engine step writes it, if there is room at once."""
-
-    def test_needs_no_other_thread(self):
-        written: list[bytes] = []
-
-        def try_send(frames: bytes) -> int:
-            written.append(frames)
-            return len(frames)
-
-        outbox = Outbox(lambda _frames: None, backlog_tokens=9, backlog_s=9.0, try_send=try_send)
-        assert outbox.delta(1, "Hel", 1)
-        assert outbox.delta(1, "lo", 1)
-        outbox.failed(1, ERROR)
-        assert written == [
-            encode(Batch((Delta(1, "Hel", 1),))),
-            encode(Batch((Delta(1, "lo", 1),))),
-            encode(Batch(failed=(Failed(1, ERROR),))),
-        ]
-
-    @pytest.mark.parametrize("room_bytes", [0, 1, 7])
-    def test_leaves_the_rest_to_the_sending_thread_in_order(self, room_bytes: int):
-        stream = bytearray()
-        sent = threading.Condition()
-
-        def send(frames: bytes) -> None:
-            with sent:
-                stream.extend(frames)
-                sent.notify()
-
-        def try_send(frames: bytes) -> int:
-            send(frames[:room_bytes])
-            return room_bytes
-
-        outbox = Outbox(send, backlog_tokens=99, backlog_s=9.0, try_send=try_send)
-        thread = threading.Thread(target=outbox.run)
-        thread.start()
-        text = [str(number) for number in range(40)]
-        for piece in text:
-            assert outbox.delta(1, piece, 1)
-        outbox.close()
-        thread.join(WAIT_S)
-        framer = Framer()
-        batches = [to_daemon_decoder.decode(body) for body in framer.feed(bytes(stream))]
-        deltas = [delta for batch in batches if isinstance(batch, Batch) for delta in batch.deltas]
-        assert "".join(delta.text for delta in deltas) == "".join(text)
-        assert sum(delta.tokens for delta in deltas) == len(text)
-
-    def test_waits_for_the_other_sequences_of_the_step(self):
-        written: list[bytes] = []
-
-        def try_send(frames: bytes) -> int:
-            written.append(frames)
-            return len(frames)
-
-        outbox = Outbox(lambda _frames: None, backlog_tokens=9, backlog_s=9.0, try_send=try_send)
-        for sequence, text in ((1, "a"), (2, "b"), (1, "c"), (2, "d"), (1, "e")):
-            outbox.delta(sequence, text, 1)
-        assert written == [
-            encode(Batch((Delta(1, "a", 1),))),
-            encode(Batch((Delta(2, "b", 1), Delta(1, "c", 1)))),
-            encode(Batch((Delta(2, "d", 1), Delta(1, "e", 1)))),
-        ]
