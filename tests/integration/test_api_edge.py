@@ -496,8 +496,8 @@ def test_a_reader_that_reads_nothing(runtime_dir, logged, method):
             for _ in range(100):
                 edge.runs.emit("run-1", TextDelta(1, "x" * 10_000, 1))
             await edge.runs.until(lambda: edge.runs.watchers == 0)
-            run = edge.runs.get("run-1")
-            return run, await error_of(call)
+            error = await error_of(call)
+            return edge.runs.get("run-1"), error
 
     run, error = asyncio.run(main())
     assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "SLOW_READER")
