@@ -230,6 +230,8 @@ class Daemon:
         if not draining.done():
             draining.cancel()
             await self._runs.drain(0)
+        # Engines first: the lock goes with the servers, and who takes it next needs the memory.
+        await self._scheduler.stop()
         await self._servers.stop(_CLOSE_STREAMS_S)
 
     def _handle_signals(self) -> None:
@@ -241,6 +243,8 @@ class Daemon:
             self._stop.set()
 
         def reload() -> None:
+            if self._stop.is_set():  # READY must not follow STOPPING
+                return
             with contextlib.suppress(ConfigError):  # logged, and in the status
                 self.reload()
 

@@ -9,8 +9,10 @@ import ctypes
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -153,9 +155,14 @@ def main(fd: int, parent_pid: int, oom_score_adj: int) -> None:
     channel = socket.socket(fileno=fd)
     channel.sendall(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, os.getpid())))
     framer = protocol.Framer()
-    load = _first_message(channel, framer)
-    if load is not None:
-        Worker(channel, load).serve(framer)
+    try:
+        load = _first_message(channel, framer)
+        if load is not None:
+            Worker(channel, load).serve(framer)
+    except Exception:  # noqa: BLE001 - the worker's owner loop: last words, for the daemon's log
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     # Native threads must not get a chance to hang the exit.
     os._exit(0)
 
