@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 from edge_agent.core import (
     Event,
     Halt,
+    HaltOutcome,
     HaltScope,
     Run,
     RunError,
@@ -169,12 +170,16 @@ class RunsMachine(RuleBasedStateMachine):
 
     @rule(target=halts, halt=HALTS)
     def halt(self, halt: tuple[HaltScope, str]) -> Any:
-        outcome = self.loop.do(self.runs.halt(*halt, "a person", "operator"))
+        outcome = self.loop.do(self._halt(*halt))
         assert outcome.recorded
         self.latched[outcome.halt.id] = outcome.halt
         self.loop.settle()
         self.no_covered_run_goes_on()
         return multiple(outcome.halt.id)
+
+    async def _halt(self, scope: HaltScope, target: str) -> HaltOutcome:
+        self.check()  # a decision that has come already is acted on before the Halt
+        return await self.runs.halt(scope, target, "a person", "operator")
 
     @rule(halt_id=consumes(halts))
     def clear(self, halt_id: str) -> None:
