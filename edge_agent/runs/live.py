@@ -60,7 +60,7 @@ class LiveRun:
         self._changed.notify()
 
     def update(self, **changes: Any) -> None:
-        """Change the snapshot by what earlier events have said already."""
+        """Change the snapshot by what earlier events have said, or the next one will."""
         self._run = dataclasses.replace(self._run, **changes)
 
     def add_text(self, step: int, text: str, tokens: int) -> None:

@@ -172,6 +172,8 @@ class RunLoop:
             calls_left = limits.max_tool_calls - self._calls_issued
             answer_only = step == limits.max_steps or calls_left <= 0
             result = await self._decide(step, answer_only=answer_only)
+            # First, so that a step which the run can't follow counts as well.
+            self.live.update(usage=self.live.run.usage.plus(result.usage))
             calls = self._number(result.tool_calls, calls_left)
             self._step_finished(step, result, calls)
             if not calls:
@@ -224,7 +226,6 @@ class RunLoop:
         self.live.emit(
             StepFinished(step, message, usage, result.finish_reason, result.tool_margin),
             steps=step,
-            usage=run.usage.plus(usage),
             transcript=(*run.transcript, message),
         )
         log.info(

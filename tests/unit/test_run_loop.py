@@ -280,6 +280,7 @@ class TestLimits:
         assert not any(isinstance(event.body, ToolCallsIssued) for event in seen)
         assert seen[-1].body.run.error.reason == "TOOL_CALL_LIMIT"
         assert seen[-1].body.run.state is RunState.FAILED
+        assert seen[-1].body.run.usage == USAGE
 
 
 class TestTime:
