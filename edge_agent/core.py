@@ -139,8 +139,9 @@ class RunSpec:
 
 
 class RunState(enum.StrEnum):
-    """Where a run is."""
+    """Where a run is. UNSPECIFIED is what a client reads for a state that it does not know."""
 
+    UNSPECIFIED = "UNSPECIFIED"
     QUEUED = "QUEUED"
     LOADING = "LOADING"
     RUNNING = "RUNNING"
@@ -210,8 +211,9 @@ class Usage:
 
 
 class FinishReason(enum.StrEnum):
-    """Why decoding a step stopped."""
+    """Why decoding a step stopped. UNSPECIFIED as in `RunState`."""
 
+    UNSPECIFIED = "UNSPECIFIED"
     STOP = "STOP"
     TOOL_CALLS = "TOOL_CALLS"
     TRUNCATED = "TRUNCATED"
@@ -244,8 +246,9 @@ class StepResult:
 
 
 class EngineState(enum.StrEnum):
-    """Whether an installed engine is in memory."""
+    """Whether an installed engine is in memory. UNSPECIFIED as in `RunState`."""
 
+    UNSPECIFIED = "UNSPECIFIED"
     INSTALLED = "INSTALLED"
     LOADING = "LOADING"
     READY = "READY"
@@ -426,8 +429,9 @@ class HaltOutcome:
 
 
 class DaemonState(enum.StrEnum):
-    """Whether the daemon accepts runs."""
+    """Whether the daemon accepts runs. UNSPECIFIED as in `RunState`."""
 
+    UNSPECIFIED = "UNSPECIFIED"
     READY = "READY"
     DEGRADED = "DEGRADED"
     DRAINING = "DRAINING"

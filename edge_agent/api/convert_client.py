@@ -1,10 +1,15 @@
 """The client's half of the conversions: requests from core values, core values from responses.
 
-Owns `RunOptions`, a run's spec in which everything may be left to the daemon. Checks nothing: the
-daemon does. Knows no channel.
+Owns `RunOptions`, a run's spec in which everything may be left to the daemon, and what becomes of
+values that only a newer daemon knows. Checks nothing: the daemon does. Knows no channel.
+
+An event of an unknown kind is passed over; an unknown state or finish reason is UNSPECIFIED. Where
+a robot acts on the value it is the one that is safe: a run that has ended in an unknown state is
+OUTCOME_UNKNOWN, a Halt of an unknown scope may cover ALL. A message of an unknown role is the
+ASSISTANT's: a transcript holds what the model and the tools said.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from google.protobuf.duration_pb2 import Duration
@@ -16,6 +21,21 @@ from edge_agent.v1 import engine_service_pb2, run_service_pb2, system_service_pb
 
 _NANOS = 1_000_000_000
 _ROLES = {types_pb2.Role.Value(f"ROLE_{role.name}"): role for role in core.Role}
+_RUN_STATES = {
+    run_service_pb2.RunState.Value(f"RUN_STATE_{state}"): state for state in core.RunState
+}
+_FINISH_REASONS = {reason.value: reason for reason in core.FinishReason}
+_SCOPES = {
+    run_service_pb2.HaltScope.Value(f"HALT_SCOPE_{scope}"): scope for scope in core.HaltScope
+}
+_ENGINE_STATES = {
+    engine_service_pb2.EngineState.Value(f"ENGINE_STATE_{state}"): state
+    for state in core.EngineState
+}
+_DAEMON_STATES = {
+    system_service_pb2.DaemonState.Value(f"DAEMON_STATE_{state}"): state
+    for state in core.DaemonState
+}
 
 
 class RunOptions(TypedDict, total=False):
@@ -91,13 +111,16 @@ def results_request(results: Iterable[core.ToolResult]) -> run_service_pb2.Conve
 
 def run(value: run_service_pb2.Run) -> core.Run:
     """A run as it stands."""
+    state = _run_state(value.state)
+    if state is core.RunState.UNSPECIFIED and value.HasField("ended_at"):
+        state = core.RunState.OUTCOME_UNKNOWN
     return core.Run(
         id=value.id,
         request_id=value.request_id,
         client=value.client,
         agent=value.agent,
         engine=value.engine,
-        state=_run_state(value.state),
+        state=state,
         created_at_s=_seconds(value.created_at),
         sequence=value.sequence,
         ended_at_s=_seconds(value.ended_at) if value.HasField("ended_at") else None,
@@ -121,7 +144,7 @@ def halt(value: run_service_pb2.HaltRecord) -> core.Halt:
     """One latched Halt."""
     return core.Halt(
         id=value.halt_id,
-        scope=core.HaltScope[run_service_pb2.HaltScope.Name(value.scope)[11:]],
+        scope=_SCOPES.get(value.scope, core.HaltScope.ALL),
         target=value.target,
         reason=value.reason,
         client=value.client,
@@ -155,7 +178,7 @@ def engine(value: engine_service_pb2.Engine) -> core.EngineInfo:
         name=value.name,
         digest=value.digest,
         backend=value.backend,
-        state=core.EngineState[engine_service_pb2.EngineState.Name(value.state)[13:]],
+        state=_ENGINE_STATES.get(value.state, core.EngineState.UNSPECIFIED),
         context_tokens=value.context_tokens,
         max_output_tokens=value.max_output_tokens,
         load_peak_bytes=value.load_peak_bytes,
@@ -180,12 +203,12 @@ def status(value: system_service_pb2.GetStatusResponse) -> core.DaemonStatus:
     """The daemon as a whole."""
     return core.DaemonStatus(
         version=value.version,
-        state=core.DaemonState[system_service_pb2.DaemonState.Name(value.state)[13:]],
+        state=_DAEMON_STATES.get(value.state, core.DaemonState.UNSPECIFIED),
         degraded_reasons=tuple(value.degraded_reasons),
         pid=value.pid,
         started_at_s=_seconds(value.started_at),
         uptime_s=_seconds(value.uptime),
-        runs={core.RunState[state]: count for state, count in value.runs.items()},
+        runs=_counts(value.runs),
         engines_installed=value.engines_installed,
         engines_loaded=value.engines_loaded,
         max_resident_engines=value.max_resident_engines,
@@ -226,7 +249,7 @@ def _step_finished(value: run_service_pb2.StepFinished) -> core.StepFinished:
         step=value.step,
         message=_message(value.message),
         usage=_usage(value.usage),
-        finish_reason=core.FinishReason(value.finish_reason),
+        finish_reason=_FINISH_REASONS.get(value.finish_reason, core.FinishReason.UNSPECIFIED),
         tool_margin=value.tool_margin if value.HasField("tool_margin") else None,
     )
 
@@ -236,12 +259,23 @@ def _said(role: core.Role, text: str) -> core.Message:
 
 
 def _run_state(value: "run_service_pb2.RunState.ValueType") -> core.RunState:
-    return core.RunState[run_service_pb2.RunState.Name(value)[10:]]
+    return _RUN_STATES.get(value, core.RunState.UNSPECIFIED)
+
+
+def _counts(runs: Mapping[str, int]) -> dict[core.RunState, int]:
+    """Runs by state, those in states that we do not know together."""
+    counts = {
+        core.RunState[name]: count
+        for name, count in runs.items()
+        if name in core.RunState.__members__
+    }
+    unknown = sum(runs.values()) - sum(counts.values())
+    return counts | ({core.RunState.UNSPECIFIED: unknown} if unknown else {})
 
 
 def _message(value: types_pb2.Message) -> core.Message:
     return core.Message(
-        role=_ROLES[value.role],
+        role=_ROLES.get(value.role, core.Role.ASSISTANT),
         parts=_parts(value.parts),
         tool_calls=tuple(_tool_call(call) for call in value.tool_calls),
         tool_call_id=value.tool_call_id,

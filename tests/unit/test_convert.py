@@ -14,7 +14,7 @@ from edge_agent import core
 from edge_agent.api import convert_client, convert_request, convert_response, validation
 from edge_agent.api.convert_error import error_of, status_of
 from edge_agent.api.ports import RequestLimits
-from edge_agent.core import HaltScope, Role, TextPart
+from edge_agent.core import HaltScope, Role, RunState, TextPart
 from edge_agent.errors import (
     EdgeAgentError,
     FieldViolation,
@@ -26,7 +26,9 @@ from edge_agent.errors import (
     Unsupported,
     WorkerError,
 )
+from edge_agent.v1 import engine_service_pb2 as engine_pb
 from edge_agent.v1 import run_service_pb2 as pb
+from edge_agent.v1 import system_service_pb2 as system_pb
 from edge_agent.v1 import types_pb2 as t
 
 LIMITS = RequestLimits(
@@ -549,6 +551,7 @@ def test_any_text_as_a_schema_is_refused_by_name(text):
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 spans = st.floats(0, 1e6).map(lambda s: round(s, 3))
+states = st.sampled_from([each for each in core.RunState if each is not RunState.UNSPECIFIED])
 parts = st.lists(names.map(TextPart), max_size=2).map(tuple)
 calls = st.lists(
     st.builds(core.ToolCall, names, names, names, st.none() | spans, st.none() | spans), max_size=2
@@ -566,7 +569,7 @@ runs = st.builds(
     client=names,
     agent=names,
     engine=names,
-    state=st.sampled_from(core.RunState),
+    state=states,
     created_at_s=spans,
     sequence=counts,
     ended_at_s=st.none() | spans,
@@ -581,7 +584,7 @@ runs = st.builds(
 results_ = st.builds(core.ToolResult, names, parts, st.booleans(), st.booleans())
 bodies = st.one_of(
     st.builds(core.Snapshot, runs),
-    st.builds(core.StateChanged, st.sampled_from(core.RunState), st.none() | st.just(0.5)),
+    st.builds(core.StateChanged, states, st.none() | st.just(0.5)),
     st.builds(core.TextDelta, counts, names, counts),
     st.builds(core.ToolCallsIssued, counts, calls),
     st.builds(core.ToolResultAccepted, results_),
@@ -613,6 +616,43 @@ def test_an_empty_text_delta_is_still_one():
 
 def test_an_event_of_a_newer_daemon_is_passed_over():
     assert convert_client.event(pb.RunEvent(run_id="r", sequence=3)) is None
+
+
+class TestValuesThatOnlyANewerDaemonKnows:
+    def test_a_state_of_a_run_that_goes_on_is_unspecified(self):
+        run = convert_client.run(pb.Run(state=UNKNOWN))
+        assert (run.state, run.state.ended) == (RunState.UNSPECIFIED, False)
+        event = convert_client.event(pb.RunEvent(state_changed=pb.StateChanged(state=UNKNOWN)))
+        assert event is not None
+        assert event.body == core.StateChanged(RunState.UNSPECIFIED)
+
+    def test_nobody_here_knows_how_a_run_ended_in_such_a_state(self):
+        run = pb.Run(state=UNKNOWN, ended_at=convert_response.timestamp(5.0))
+        event = convert_client.event(pb.RunEvent(run_finished=pb.RunFinished(run=run)))
+        assert event is not None
+        assert isinstance(event.body, core.RunFinished)
+        assert event.body.run.state is RunState.OUTCOME_UNKNOWN
+
+    def test_a_step_is_told_with_its_text(self):
+        message = t.Message(role=UNKNOWN, parts=[t.Part(text="hi")])
+        step = pb.StepFinished(step=1, message=message, finish_reason="BORED")
+        event = convert_client.event(pb.RunEvent(step_finished=step))
+        assert event is not None
+        assert isinstance(event.body, core.StepFinished)
+        assert event.body.finish_reason is core.FinishReason.UNSPECIFIED
+        assert event.body.message == core.Message(Role.ASSISTANT, (TextPart("hi"),))
+
+    def test_a_halt_may_cover_everything(self):
+        latched = convert_client.halt(pb.HaltRecord(halt_id="h", scope=UNKNOWN, target="x"))
+        assert (latched.scope, latched.target) == (HaltScope.ALL, "x")
+
+    def test_an_engine_and_a_daemon_are_told(self):
+        engine = convert_client.engine(engine_pb.Engine(name="small", state=UNKNOWN))
+        assert engine.state is core.EngineState.UNSPECIFIED
+        told = system_pb.GetStatusResponse(state=UNKNOWN, runs={"RUNNING": 1, "A": 2, "B": 3})
+        status = convert_client.status(told)
+        assert status.state is core.DaemonState.UNSPECIFIED
+        assert status.runs == {RunState.RUNNING: 1, RunState.UNSPECIFIED: 5}
 
 
 def test_the_speed_of_decoding_survives_the_wire():
