@@ -2,7 +2,8 @@
 
 Owns what has been decided but not yet sent. While a write is in flight, or the daemon reads
 slowly, more text of the same sequence is merged into one delta; a sequence whose unsent text
-exceeds the bound in tokens or age is given up rather than allowed to grow.
+exceeds the bound in tokens or age is given up rather than allowed to grow. A sequence that puts in
+what no frame can hold ends as failed, and the others go on.
 """
 
 import threading
@@ -47,12 +48,15 @@ class Outbox:
         self._ended: list[Finished | Failed] = []
         self._messages: list[ToDaemon] = []
         self._streaming: frozenset[int] = frozenset()
+        self._lossy: dict[int, RunError] = {}
         self._closed = False
 
     def delta(self, sequence: int, text: str, tokens: int) -> bool:
-        """Add text. False: the sequence's backlog is over the bound; stop it."""
+        """Add text. False: its backlog is over the bound, or its text can't be sent; stop it."""
         now_s = self._clock()
         with self._changed:
+            if sequence in self._lossy:
+                return False
             unsent = self._unsent.get(sequence)
             if unsent is None:
                 unsent = self._unsent[sequence] = _Unsent(now_s)
@@ -115,16 +119,37 @@ class Outbox:
                 Delta(sequence, "".join(unsent.pieces), unsent.tokens)
                 for sequence, unsent in self._unsent.items()
             )
-            ended = self._ended
-            frames.append(
-                encode(
-                    Batch(
-                        deltas,
-                        tuple(end for end in ended if isinstance(end, Finished)),
-                        tuple(end for end in ended if isinstance(end, Failed)),
-                    )
-                )
-            )
+            ended = [self._truthful(end) for end in self._ended]
+            try:
+                frames.append(encode(_batch(*deltas, *ended)))
+            except ValueError:
+                frames += [self._alone(delta) for delta in deltas]
+                frames += [self._alone(self._truthful(end)) for end in ended]
             self._streaming = frozenset(self._unsent) - {end.sequence for end in ended}
         self._messages, self._unsent, self._ended = [], {}, []
         return b"".join(frames)
+
+    def _alone(self, item: Delta | Finished | Failed) -> bytes:
+        """The frame of what could not be sent with others; nothing for text that can't be sent."""
+        try:
+            return encode(_batch(item))
+        except ValueError as error:
+            text = f"what the step decided can't be sent to the daemon: {error}"
+            failure = RunError("ENGINE_FAILED", text)
+        if isinstance(item, Delta):
+            self._lossy[item.sequence] = failure
+            return b""
+        return encode(_batch(Failed(item.sequence, failure)))
+
+    def _truthful(self, end: Finished | Failed) -> Finished | Failed:
+        """A sequence whose text has a gap did not finish."""
+        failure = self._lossy.pop(end.sequence, None)
+        return end if failure is None else Failed(end.sequence, failure)
+
+
+def _batch(*items: Delta | Finished | Failed) -> Batch:
+    return Batch(
+        tuple(item for item in items if isinstance(item, Delta)),
+        tuple(item for item in items if isinstance(item, Finished)),
+        tuple(item for item in items if isinstance(item, Failed)),
+    )

@@ -15,6 +15,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 from edge_agent.backends import create_backend
 from edge_agent.backends.base import Backend, Cancelled, LoadOptions
@@ -73,8 +74,11 @@ class Worker:
                     pending.set()
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError):  # the daemon is gone: the main thread sees it too
-            self._outbox.run()
+        try:
+            with contextlib.suppress(OSError):  # the daemon is gone: the main thread sees it too
+                self._outbox.run()
+        except Exception:  # noqa: BLE001 - the worker's owner loop: nobody would ever hear from it
+            _die()
 
     def _load_engine(self) -> None:
         load, options = self._load, self._load.options
@@ -159,12 +163,17 @@ def main(fd: int, parent_pid: int, oom_score_adj: int) -> None:
         load = _first_message(channel, framer)
         if load is not None:
             Worker(channel, load).serve(framer)
-    except Exception:  # noqa: BLE001 - the worker's owner loop: last words, for the daemon's log
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+    except Exception:  # noqa: BLE001 - the worker's owner loop
+        _die()
     # Native threads must not get a chance to hang the exit.
     os._exit(0)
+
+
+def _die() -> NoReturn:
+    """End the process at once, with the exception as its last words for the daemon's log."""
+    traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _first_message(channel: socket.socket, framer: protocol.Framer) -> protocol.Load | None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -435,6 +436,41 @@ asyncio.run(main())
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
+
+
+def test_a_worker_that_cannot_write_any_more_ends_with_its_last_words(catalogue: Catalogue):
+    script = """
+import os
+import sys
+from edge_agent.engines import outbox, worker
+
+def encode(message):
+    raise ValueError("made up: nothing can be written")
+
+outbox.encode = encode
+worker.main(int(sys.argv[1]), os.getppid(), 500)
+"""
+    load = protocol.Load(
+        protocol.PROTOCOL_VERSION,
+        catalogue.get(ENGINE),
+        str(catalogue.directory(ENGINE)),
+        OPTIONS,
+    )
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stderr=subprocess.PIPE,
+        )
+        ours.sendall(protocol.encode(load) + protocol.encode(protocol.Ping(1)))
+        try:
+            _, words = process.communicate(timeout=30)
+        finally:
+            process.kill()
+            process.wait()
+    assert process.returncode == 1
+    assert words.endswith(b"made up: nothing can be written\n")
 
 
 def with_model(manifest: Manifest, directory: Path, content: bytes) -> Manifest:

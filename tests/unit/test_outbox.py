@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from edge_agent.core import FinishReason, RunError, StepResult, Usage
+from edge_agent.engines import protocol
 from edge_agent.engines.outbox import Outbox
 from edge_agent.engines.protocol import (
     Batch,
@@ -68,6 +69,12 @@ class Reader:
 
     def batches(self) -> list[Batch]:
         return [each for write in self.writes for each in write if isinstance(each, Batch)]
+
+    def ends(self) -> list[Finished | Failed]:
+        found: list[Finished | Failed] = []
+        for batch in self.batches():
+            found += [*batch.finished, *batch.failed]
+        return found
 
 
 class LookingOutbox(Outbox):
@@ -230,6 +237,69 @@ class TestBacklog:
                 assert outbox.delta(1, "a", 3)
                 reader.wait_for_writes(count)
                 reader.now_s += 10.0
+
+
+class TestWhatCannotBeSent:
+    @pytest.fixture
+    def small_frames(self, monkeypatch: pytest.MonkeyPatch) -> int:
+        monkeypatch.setattr(protocol, "MAX_FRAME_BYTES", 1000)
+        return protocol.MAX_FRAME_BYTES
+
+    def test_steps_that_are_too_much_together_are_sent_apart(self, small_frames: int):
+        reader, text = Reader(), "x" * (small_frames // 2)
+        with running(reader) as outbox, write_in_flight(reader, outbox):
+            outbox.delta(1, text, 1)
+            outbox.delta(2, text, 1)
+            outbox.finished(2, RESULT)
+        assert reader.batches() == [
+            Batch((Delta(1, text, 1),)),
+            Batch((Delta(2, text, 1),)),
+            Batch((), (Finished(2, RESULT),)),
+        ]
+
+    def test_a_decision_that_is_too_large_fails_its_step_alone(self, small_frames: int):
+        reader, text = Reader(), "x" * small_frames
+        with running(reader) as outbox, write_in_flight(reader, outbox):
+            outbox.finished(1, StepResult(text, (), FinishReason.STOP, Usage()))
+            outbox.finished(2, RESULT)
+        first, second = reader.batches()
+        assert second == Batch((), (Finished(2, RESULT),))
+        (failed,) = first.failed
+        assert (failed.sequence, failed.error.reason) == (1, "ENGINE_FAILED")
+        assert f"at most {small_frames}" in failed.error.message
+        assert not failed.error.retryable
+
+    def test_an_error_that_is_too_large_is_told_as_one_all_the_same(self, small_frames: int):
+        reader = Reader()
+        with running(reader) as outbox:
+            outbox.failed(1, RunError("STEP_FAILED", "x" * small_frames))
+        (batch,) = reader.batches()
+        assert [(each.sequence, each.error.reason) for each in batch.failed] == [
+            (1, "ENGINE_FAILED")
+        ]
+
+    def test_a_step_whose_text_cannot_be_sent_is_stopped_and_fails(self, small_frames: int):
+        reader = Reader()
+        with running(reader) as outbox:
+            with write_in_flight(reader, outbox):
+                outbox.delta(1, "x" * small_frames, 1)
+                outbox.message(Pong(1))
+            reader.wait_for_writes(2)
+            assert not outbox.delta(1, "y", 1)
+            outbox.finished(1, RESULT)
+            outbox.delta(2, "z", 1)
+        (end,) = reader.ends()
+        assert isinstance(end, Failed)
+        assert end.error.reason == "ENGINE_FAILED"
+        assert reader.batches()[-1].deltas == (Delta(2, "z", 1),)
+
+    def test_text_that_is_none_fails_its_step_alone(self):
+        reader = Reader()
+        with running(reader) as outbox, write_in_flight(reader, outbox):
+            outbox.delta(1, "\ud800", 1)
+            outbox.finished(1, RESULT)
+            outbox.finished(2, RESULT)
+        assert [(type(end), end.sequence) for end in reader.ends()] == [(Failed, 1), (Finished, 2)]
 
 
 class TestClosing:
