@@ -12,14 +12,11 @@ ASSISTANT's: a transcript holds what the model and the tools said.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from edge_agent import core
 from edge_agent.api import convert_response
+from edge_agent.api.spans import seconds
 from edge_agent.v1 import engine_service_pb2, run_service_pb2, system_service_pb2, types_pb2
 
-_NANOS = 1_000_000_000
 _ROLES = {types_pb2.Role.Value(f"ROLE_{role.name}"): role for role in core.Role}
 _RUN_STATES = {
     run_service_pb2.RunState.Value(f"RUN_STATE_{state}"): state for state in core.RunState
@@ -121,9 +118,9 @@ def run(value: run_service_pb2.Run) -> core.Run:
         agent=value.agent,
         engine=value.engine,
         state=state,
-        created_at_s=_seconds(value.created_at),
+        created_at_s=seconds(value.created_at),
         sequence=value.sequence,
-        ended_at_s=_seconds(value.ended_at) if value.HasField("ended_at") else None,
+        ended_at_s=seconds(value.ended_at) if value.HasField("ended_at") else None,
         steps=value.steps,
         transcript=tuple(_message(turn) for turn in value.transcript),
         open_tool_calls=tuple(_tool_call(call) for call in value.open_tool_calls),
@@ -148,7 +145,7 @@ def halt(value: run_service_pb2.HaltRecord) -> core.Halt:
         target=value.target,
         reason=value.reason,
         client=value.client,
-        created_at_s=_seconds(value.created_at),
+        created_at_s=seconds(value.created_at),
     )
 
 
@@ -190,7 +187,7 @@ def engine(value: engine_service_pb2.Engine) -> core.EngineInfo:
             slots=worker.slots,
             active_steps=worker.active_steps,
             waiting_steps=worker.waiting_steps,
-            load_s=_seconds(worker.load_time) if worker.HasField("load_time") else None,
+            load_s=seconds(worker.load_time) if worker.HasField("load_time") else None,
         )
         if value.HasField("worker")
         else None,
@@ -206,8 +203,8 @@ def status(value: system_service_pb2.GetStatusResponse) -> core.DaemonStatus:
         state=_DAEMON_STATES.get(value.state, core.DaemonState.UNSPECIFIED),
         degraded_reasons=tuple(value.degraded_reasons),
         pid=value.pid,
-        started_at_s=_seconds(value.started_at),
-        uptime_s=_seconds(value.uptime),
+        started_at_s=seconds(value.started_at),
+        uptime_s=seconds(value.uptime),
         runs=_counts(value.runs),
         engines_installed=value.engines_installed,
         engines_loaded=value.engines_loaded,
@@ -300,8 +297,8 @@ def _tool_call(value: types_pb2.ToolCall) -> core.ToolCall:
         id=value.id,
         name=value.name,
         arguments_json=value.arguments_json,
-        valid_for_s=_seconds(value.valid_for) if value.HasField("valid_for") else None,
-        observed_ago_s=_seconds(value.observed_ago) if value.HasField("observed_ago") else None,
+        valid_for_s=seconds(value.valid_for) if value.HasField("valid_for") else None,
+        observed_ago_s=seconds(value.observed_ago) if value.HasField("observed_ago") else None,
     )
 
 
@@ -320,12 +317,8 @@ def _usage(value: types_pb2.Usage) -> core.Usage:
         prompt_tokens=value.prompt_tokens,
         cached_tokens=value.cached_tokens,
         completion_tokens=value.completion_tokens,
-        queue_s=_seconds(value.queue_time),
-        load_s=_seconds(value.load_time),
+        queue_s=seconds(value.queue_time),
+        load_s=seconds(value.load_time),
         decode_s=value.completion_tokens / speed if speed > 0 else 0.0,
         ttft_ms=value.ttft_ms if value.HasField("ttft_ms") else None,
     )
-
-
-def _seconds(value: Duration | Timestamp) -> float:
-    return value.seconds + value.nanos / _NANOS

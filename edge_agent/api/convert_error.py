@@ -14,6 +14,7 @@ from google.rpc import (  # type: ignore[import-untyped]  # it has stubs, but no
 )
 
 from edge_agent import errors
+from edge_agent.api.spans import filled, seconds
 from edge_agent.errors import EdgeAgentError, FieldViolation
 
 DOMAIN = "edge-agent"
@@ -24,7 +25,6 @@ MAX_STATUS_BYTES = 3072
 """gRPC refuses trailing metadata above 8 KiB, and a caller would lose the whole error: message
 (percent-encoded) and status (base64) stay below it together."""
 _MAX_VALUE_BYTES = 256
-_NANOS = 1_000_000_000
 _BY_CODE: dict[str, type[EdgeAgentError]] = {
     "INVALID_ARGUMENT": errors.InvalidRequest,
     "NOT_FOUND": errors.NotFound,
@@ -77,7 +77,7 @@ def error_of(code: str, message: str, details: bytes | None) -> EdgeAgentError:
         detail.Unpack(info)
         detail.Unpack(bad)
         if detail.Unpack(retry):
-            retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / _NANOS
+            retry_after_s = seconds(retry.retry_delay)
     kind = _BY_REASON.get((code, info.reason)) or _BY_CODE.get(code, EdgeAgentError)
     return kind(
         message or code,
@@ -89,8 +89,7 @@ def error_of(code: str, message: str, details: bytes | None) -> EdgeAgentError:
 
 
 def _retry_info(after_s: float | None) -> error_details_pb2.RetryInfo:
-    nanos = round((DEFAULT_RETRY_S if after_s is None else after_s) * _NANOS)
-    delay = Duration(seconds=nanos // _NANOS, nanos=nanos % _NANOS)
+    delay = filled(Duration(), DEFAULT_RETRY_S if after_s is None else after_s)
     return error_details_pb2.RetryInfo(retry_delay=delay)
 
 

@@ -5,16 +5,14 @@ core values are right already.
 """
 
 from collections.abc import Iterable
-from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from edge_agent import core
+from edge_agent.api.spans import filled
 from edge_agent.v1 import engine_service_pb2, run_service_pb2, system_service_pb2, types_pb2
 
-_NANOS = 1_000_000_000
-_Span = TypeVar("_Span", Duration, Timestamp)
 _ROLES = {
     core.Role.SYSTEM: types_pb2.ROLE_SYSTEM,
     core.Role.USER: types_pb2.ROLE_USER,
@@ -37,12 +35,12 @@ _DAEMON_STATES = {
 
 def duration(seconds: float | None) -> Duration | None:
     """A span; None stays unset."""
-    return None if seconds is None else _filled(Duration(), seconds)
+    return None if seconds is None else filled(Duration(), seconds)
 
 
 def timestamp(unix_s: float | None) -> Timestamp | None:
     """A point in time; None stays unset."""
-    return None if unix_s is None else _filled(Timestamp(), unix_s)
+    return None if unix_s is None else filled(Timestamp(), unix_s)
 
 
 def parts(values: Iterable[core.Part]) -> list[types_pb2.Part]:
@@ -101,9 +99,9 @@ def fill_run(target: run_service_pb2.Run, value: core.Run, *, with_transcript: b
     target.agent = value.agent
     target.engine = value.engine
     target.state = _STATES[value.state]
-    _filled(target.created_at, value.created_at_s)
+    filled(target.created_at, value.created_at_s)
     if value.ended_at_s is not None:
-        _filled(target.ended_at, value.ended_at_s)
+        filled(target.ended_at, value.ended_at_s)
     target.steps = value.steps
     if with_transcript:
         for turn in value.transcript:
@@ -196,13 +194,6 @@ def status(value: core.DaemonStatus) -> system_service_pb2.GetStatusResponse:
     )
 
 
-def _filled(target: _Span, seconds: float) -> _Span:
-    """Seconds in protobuf's two fields."""
-    nanos = round(seconds * _NANOS)
-    target.seconds, target.nanos = nanos // _NANOS, nanos % _NANOS
-    return target
-
-
 def _fill_error(target: types_pb2.RunError, error: core.RunError) -> types_pb2.RunError:
     target.reason, target.message = error.reason, error.message
     target.retryable = error.retryable
@@ -222,8 +213,8 @@ def _fill_usage(target: types_pb2.Usage, used: core.Usage) -> types_pb2.Usage:
     target.prompt_tokens = used.prompt_tokens
     target.cached_tokens = used.cached_tokens
     target.completion_tokens = used.completion_tokens
-    _filled(target.queue_time, used.queue_s)
-    _filled(target.load_time, used.load_s)
+    filled(target.queue_time, used.queue_s)
+    filled(target.load_time, used.load_s)
     if used.ttft_ms is not None:
         target.ttft_ms = used.ttft_ms
     if (tokens_per_second := used.tokens_per_second) is not None:

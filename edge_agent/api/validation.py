@@ -11,6 +11,7 @@ from itertools import accumulate
 
 from google.protobuf.duration_pb2 import Duration
 
+from edge_agent.api.spans import NANOS, seconds
 from edge_agent.errors import FieldViolation, InvalidRequest, Unsupported
 
 MAX_JSON_DEPTH = 64
@@ -21,7 +22,6 @@ SHOWN_CHARACTERS = 64
 MAX_NAME_BYTES = 64
 _MAX_DURATION_S = 315_576_000_000
 """Of google.protobuf.Duration: 10,000 years."""
-_NANOS = 1_000_000_000
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NO_BRACKET = re.compile(r"[^][{}]+")
 _STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
@@ -95,17 +95,17 @@ class Violations:
 
     def duration_s(self, path: str, value: Duration, max_s: float | None = None) -> float | None:
         """Seconds above 0 and at most `max_s`; None where refused."""
-        if abs(value.seconds) > _MAX_DURATION_S or abs(value.nanos) >= _NANOS:
+        if abs(value.seconds) > _MAX_DURATION_S or abs(value.nanos) >= NANOS:
             self.add(path, f"{value.seconds}s {value.nanos}ns is no valid Duration")
             return None
-        seconds = value.seconds + value.nanos / _NANOS
-        if seconds <= 0 or value.nanos < 0:
-            self.add(path, f"{seconds:g}s is not above 0s")
+        span_s = seconds(value)
+        if span_s <= 0 or value.nanos < 0:
+            self.add(path, f"{span_s:g}s is not above 0s")
             return None
-        if max_s is not None and seconds > max_s:
-            self.add(path, f"{seconds:g}s is above the limit of {max_s:g}s")
+        if max_s is not None and span_s > max_s:
+            self.add(path, f"{span_s:g}s is above the limit of {max_s:g}s")
             return None
-        return seconds
+        return span_s
 
     def json_object(self, path: str, text: str) -> dict[str, object] | None:
         """The JSON object in `text`; None where it is refused."""
