@@ -17,7 +17,9 @@ from edge_agent.doctor.finding import (
     warn,
 )
 from edge_agent.telemetry import procfs, sensors, tegra
+from edge_agent.telemetry.energy import PowerRail
 from edge_agent.telemetry.reading import Reading
+from edge_agent.telemetry.thermal import ThermalZone
 
 MIN_L4T_MAJOR: Final = 39
 LOW_MEMORY_BYTES: Final = 512 << 20
@@ -110,7 +112,7 @@ def _gpu_clock(machine: tegra.Machine, clock: sensors.GpuClock | None) -> Findin
     return good("gpu_clock", value)
 
 
-def _temperature(machine: tegra.Machine, zones: tuple[sensors.ThermalZone, ...]) -> Finding:
+def _temperature(machine: tegra.Machine, zones: tuple[ThermalZone, ...]) -> Finding:
     measured = [
         (value, zone) for zone in zones if (value := zone.temperature_milli_c.value) is not None
     ]
@@ -120,8 +122,10 @@ def _temperature(machine: tegra.Machine, zones: tuple[sensors.ThermalZone, ...])
         hint = "unread sensors hide a hot machine: see `dmesg` for what the thermal driver says"
         return unknown("temperature", "no thermal zone can be read", hint)
     # The zone that is nearest to what it may reach, else the hottest.
-    value, zone = max(measured, key=lambda pair: (pair[0] - (_limit(pair[1]) or 1 << 30), pair[0]))
-    limit = _limit(zone)
+    value, zone = max(
+        measured, key=lambda pair: (pair[0] - (pair[1].passive_milli_c or 1 << 30), pair[0])
+    )
+    limit = zone.passive_milli_c
     text = f"{zone.name} {value / 1000:.1f} °C"
     if limit is None:
         return good("temperature", text)
@@ -131,7 +135,7 @@ def _temperature(machine: tegra.Machine, zones: tuple[sensors.ThermalZone, ...])
     return warn("temperature", text, "cool it, or choose a lower power mode: `sudo nvpmodel -m N`")
 
 
-def _power_rails(machine: tegra.Machine, rails: tuple[sensors.PowerRail, ...]) -> Finding:
+def _power_rails(machine: tegra.Machine, rails: tuple[PowerRail, ...]) -> Finding:
     shown = [
         f"{rail.name} {rail.power_mw.value / 1000:.1f} W"
         for rail in rails
@@ -194,12 +198,6 @@ def _pressure(pressure: Reading[procfs.Pressure]) -> Finding:
     if percent >= 1:
         return warn("memory_pressure", value, _FREE_MEMORY)
     return good("memory_pressure", value)
-
-
-def _limit(zone: sensors.ThermalZone) -> int | None:
-    """Where the kernel begins to lower clocks."""
-    passive = [p.temperature_milli_c for p in zone.trip_points if p.kind == "passive"]
-    return min(passive, default=None)
 
 
 def _mhz(hertz: int) -> int:

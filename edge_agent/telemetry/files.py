@@ -16,9 +16,18 @@ from edge_agent.telemetry.reading import Reading, failed, ok, unsupported
 _MAX_BYTES: Final = 64 << 10
 _LINE_CHARACTERS: Final = 4096
 _ABSENT: Final = frozenset(
-    {errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.EOPNOTSUPP, errno.ENODATA}
+    {
+        errno.EAGAIN,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.ENODEV,
+        errno.ENXIO,
+        errno.EOPNOTSUPP,
+        errno.ENODATA,
+    }
 )
-"""What a kernel says of something that this machine lacks or has switched off."""
+"""What a kernel says of something that this machine lacks or has switched off: EAGAIN is a thermal
+zone whose part of the chip has no power."""
 _INTEGER: Final = re.compile(r"-?[0-9]{1,18}")
 _NUMBERS: Final = re.compile(r"([0-9]+)")
 

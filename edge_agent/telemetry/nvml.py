@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from edge_agent.telemetry.reading import Reading, failed, ok, unsupported
+from edge_agent.telemetry.snapshot import ThrottleReason
 
 T = TypeVar("T")
 
-LIBRARY_MISSING: Final = "the library libnvidia-ml.so.1 is not there"
+_LIBRARY: Final = "libnvidia-ml.so.1"
+LIBRARY_MISSING: Final = f"the library {_LIBRARY} is not there"
 _UNINITIALISED: Final = 1
 _NOT_SUPPORTED: Final = frozenset({3, 13, 25, 26})
 """NOT_SUPPORTED, FUNCTION_NOT_FOUND, ARGUMENT_VERSION_MISMATCH, DEPRECATED."""
@@ -37,6 +39,15 @@ _NVGPU: Final = "(nvgpu)"
 _UNIFIED: Final = ("Thor", "GB10")
 _MAX_PERCENT: Final = 100
 _MAX_GPUS: Final = 64
+_THROTTLE_REASONS: Final = {
+    0x04: ThrottleReason.POWER,  # SwPowerCap
+    0x08: ThrottleReason.HARDWARE,  # HwSlowdown
+    0x20: ThrottleReason.THERMAL,  # SwThermalSlowdown
+    0x40: ThrottleReason.THERMAL,  # HwThermalSlowdown
+    0x80: ThrottleReason.POWER,  # HwPowerBrakeSlowdown
+}
+"""The clocks event reasons that slow a GPU down; the others (idle, settings of an operator) do not
+mean that it can do less. From nvml.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,7 @@ class Gpu:
     temperature_milli_c: Reading[int]
     power_mw: Reading[int]
     clock_hz: Reading[int]
+    throttling: Reading[tuple[ThrottleReason, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +114,13 @@ class Nvml:
     def _start(self) -> Reading[bool]:
         if self._process_id == os.getpid():
             return ok(True, "nvmlInit")
-        import pynvml  # large: only where someone asks
+        import ctypes
+
+        try:
+            ctypes.CDLL(_LIBRARY)
+        except OSError:  # found out here, since pynvml takes 5 MiB to say the same
+            return unsupported("nvmlInit", LIBRARY_MISSING)
+        import pynvml  # large: only where there is a driver
 
         self._library = pynvml
         started = self._ask("nvmlInit", read=lambda _: True)
@@ -128,14 +146,17 @@ class Nvml:
             compute_capability=ask("nvmlDeviceGetCudaComputeCapability", read=tuple),
             memory_total_bytes=memory.parsed(lambda info: int(info.total)),
             memory_used_bytes=memory.parsed(lambda info: int(info.used)),
-            utilisation_percent=_utilisation(
+            utilisation_percent=_believed(
                 name, ask("nvmlDeviceGetUtilizationRates", read=lambda rates: int(rates.gpu))
-            ),
+            ).parsed(lambda value: value if value <= _MAX_PERCENT else None),
             temperature_milli_c=ask(
                 "nvmlDeviceGetTemperature", sensor, read=lambda celsius: int(celsius) * 1000
             ),
             power_mw=ask("nvmlDeviceGetPowerUsage", read=int),
             clock_hz=ask("nvmlDeviceGetClockInfo", clock, read=lambda mhz: int(mhz) * 1_000_000),
+            throttling=_believed(
+                name, ask("nvmlDeviceGetCurrentClocksEventReasons", read=_throttle_reasons)
+            ),
         )
 
     def _ask(
@@ -175,11 +196,16 @@ def _integrated(name: Reading[str], memory: Reading[Any]) -> Reading[bool]:
     return Reading(None, memory.source, memory.status, memory.detail)
 
 
-def _utilisation(name: Reading[str], percent: Reading[int]) -> Reading[int]:
+def _believed(name: Reading[str], reading: Reading[T]) -> Reading[T]:
     """Under nvgpu NVML was seen to answer SUCCESS with zeros: not believed there."""
-    if percent.value is not None and _NVGPU in (name.value or ""):
-        return unsupported(percent.source, "not believed under nvgpu")
-    return percent.parsed(lambda value: value if value <= _MAX_PERCENT else None)
+    if reading.value is not None and _NVGPU in (name.value or ""):
+        return unsupported(reading.source, "not believed under nvgpu")
+    return reading
+
+
+def _throttle_reasons(mask: int) -> tuple[ThrottleReason, ...]:
+    found = {reason for bit, reason in _THROTTLE_REASONS.items() if mask & bit}
+    return tuple(sorted(found))
 
 
 def _memory(info: Any) -> Any | None:

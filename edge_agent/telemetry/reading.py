@@ -61,3 +61,8 @@ def unsupported(source: str, detail: str) -> Reading[T]:
 def failed(source: str, detail: str) -> Reading[T]:
     """It should be there, and can't be read or makes no sense."""
     return Reading(None, source, ReadingStatus.ERROR, detail)
+
+
+def stale(value: T, source: str, detail: str) -> Reading[T]:
+    """It was read, and does not hold any more."""
+    return Reading(value, source, ReadingStatus.STALE, detail)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from edge_agent.telemetry.energy import PowerRail
 from edge_agent.telemetry.files import names_in, read_int, read_text
 from edge_agent.telemetry.reading import Reading, failed
+from edge_agent.telemetry.thermal import ThermalZone, TripPoint
 
 _THERMAL: Final = "sys/class/thermal"
 _HWMON: Final = "sys/class/hwmon"
@@ -19,31 +21,6 @@ _RAILS: Final = 3  # an INA3221 measures three; its further channels are sums of
 _MAX_TRIP_POINTS: Final = 16
 _GPU_NAMES: Final = ("gpu", "ga10b", "gb10b", "gv11b", "gp10b")
 _MAX_PERMILLE: Final = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class TripPoint:
-    """A temperature at which the kernel acts: `kind` is active, passive, hot or critical."""
-
-    kind: str
-    temperature_milli_c: int
-
-
-@dataclass(frozen=True, slots=True)
-class ThermalZone:
-    """One sensor and what happens at which temperature."""
-
-    name: str
-    temperature_milli_c: Reading[int]
-    trip_points: tuple[TripPoint, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PowerRail:
-    """One measured supply."""
-
-    name: str
-    power_mw: Reading[int]
 
 
 @dataclass(frozen=True, slots=True)

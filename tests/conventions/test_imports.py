@@ -57,6 +57,10 @@ LAYERS = {
     "measuring.table": Layer.PURE,
     "scheduling.residency": Layer.PURE,
     "backends.base": Layer.PURE,
+    "telemetry.energy": Layer.PURE,
+    "telemetry.reading": Layer.PURE,
+    "telemetry.snapshot": Layer.PURE,
+    "telemetry.thermal": Layer.PURE,
     "backends": Layer.OWNER,
     "engines": Layer.OWNER,
     "observability": Layer.OWNER,
@@ -80,6 +84,9 @@ DECIDING = (
     "measuring.statistics",
     "measuring.table",
     "scheduling.residency",
+    "telemetry.energy",
+    "telemetry.snapshot",
+    "telemetry.thermal",
 )
 EFFECTS = frozenset({"asyncio", "random", "socket", "sqlite3", "subprocess", "threading", "time"})
 

@@ -11,6 +11,7 @@ import pytest
 
 from edge_agent.telemetry.nvml import LIBRARY_MISSING, Gpu, NvmlSnapshot
 from edge_agent.telemetry.reading import Reading, ReadingStatus
+from edge_agent.telemetry.snapshot import ThrottleReason
 from tests.support.fake_nvml import library
 from tests.support.fake_nvml.library import DISCRETE, GB10, ORIN, THOR, FakeNvml
 
@@ -37,6 +38,7 @@ METRICS = {
     "capability": "compute_capability",
     "memory_total": "memory_total_bytes",
     "memory_used": "memory_used_bytes",
+    "event_reasons": "throttling",
     "name": "name",
 }
 
@@ -103,6 +105,7 @@ def test_a_discrete_card_tells_everything(nvml: FakeNvml, reader: Reader):
     assert known(gpu.temperature_milli_c) == 44_000
     assert known(gpu.power_mw) == 31_200
     assert known(gpu.clock_hz) == 2_520_000_000
+    assert known(gpu.throttling) == ()  # idle: at a low clock, and by nothing held there
 
 
 @pytest.mark.parametrize("state", [ORIN, THOR, GB10], ids=["orin", "thor", "gb10"])
@@ -147,10 +150,30 @@ def test_one_metric_that_fails_leaves_the_others(nvml: FakeNvml, reader: Reader,
         known(getattr(gpu, other))
 
 
-def test_utilisation_is_not_believed_under_nvgpu(nvml: FakeNvml, reader: Reader):
-    nvml.set(ORIN, {"0.utilisation": 0})
-    reading = reader.gpu().utilisation_percent
+@pytest.mark.parametrize("key", ["utilisation", "event_reasons"])
+def test_what_nvgpu_answers_with_zeros_is_not_believed(nvml: FakeNvml, reader: Reader, key: str):
+    nvml.set(ORIN, {f"0.{key}": 0})
+    reading = getattr(reader.gpu(), METRICS[key])
     assert (reading.value, reading.status) == (None, ReadingStatus.UNSUPPORTED)
+
+
+@pytest.mark.parametrize(
+    ("mask", "reasons"),
+    [
+        (0x102, ()),  # clocks that an operator or the display has set
+        (0x04, (ThrottleReason.POWER,)),
+        (0x08, (ThrottleReason.HARDWARE,)),
+        (0x20, (ThrottleReason.THERMAL,)),
+        (0x40, (ThrottleReason.THERMAL,)),
+        (0x80, (ThrottleReason.POWER,)),
+        (0xE5, (ThrottleReason.POWER, ThrottleReason.THERMAL)),
+    ],
+)
+def test_what_slows_a_gpu_down_is_told_from_what_does_not(
+    nvml: FakeNvml, reader: Reader, mask: int, reasons: tuple[ThrottleReason, ...]
+):
+    nvml.set(DISCRETE, {"0.event_reasons": mask})
+    assert known(reader.gpu().throttling) == reasons
 
 
 @pytest.mark.parametrize(

@@ -193,3 +193,9 @@ result nvmlDeviceGetClockInfo(device gpu, int clock, unsigned int *out) {
   (void)clock;
   return unsigned_of(gpu, "clock_mhz", out);
 }
+
+#ifndef OLD_DRIVER
+result nvmlDeviceGetCurrentClocksEventReasons(device gpu, unsigned long long *out) {
+  return number_of(gpu, "event_reasons", out);
+}
+#endif

@@ -45,6 +45,7 @@ DISCRETE = {
     "0.temperature_c": 44,
     "0.power_mw": 31_200,
     "0.clock_mhz": 2520,
+    "0.event_reasons": 1,
 }
 
 
