@@ -124,6 +124,23 @@ class Limits:
     max_output_tokens: int | None = None
 
 
+class Priority(enum.StrEnum):
+    """How soon a run's steps go, most urgent first. A BATCH step may be preempted."""
+
+    URGENT = "URGENT"
+    INTERACTIVE = "INTERACTIVE"
+    NORMAL = "NORMAL"
+    BATCH = "BATCH"
+
+    @property
+    def rank(self) -> int:
+        """0 is the most urgent."""
+        return _RANKS[self]
+
+
+_RANKS = {priority: rank for rank, priority in enumerate(Priority)}
+
+
 @dataclass(frozen=True, slots=True)
 class RunSpec:
     """What a caller asks for, with every default filled in."""
@@ -136,6 +153,7 @@ class RunSpec:
     output_schema_json: str = ""
     sampling: Sampling = field(default_factory=Sampling)
     agent: str = ""
+    priority: Priority = Priority.NORMAL
 
 
 class RunState(enum.StrEnum):
@@ -245,8 +263,25 @@ class StepResult:
     tool_margin: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class StepOrigin:
+    """Whose step it is, and by when it is worth having.
+
+    `deadline_s` is on the monotonic clock of the daemon's loop; `run_id` is empty for a step that
+    belongs to no run.
+    """
+
+    client: str
+    priority: Priority = Priority.NORMAL
+    deadline_s: float | None = None
+    run_id: str = ""
+
+
 class EngineState(enum.StrEnum):
-    """Whether an installed engine is in memory. UNSPECIFIED as in `RunState`."""
+    """Whether an installed engine is in memory. UNSPECIFIED as in `RunState`.
+
+    LEAKED: its process is gone and its memory did not come back.
+    """
 
     UNSPECIFIED = "UNSPECIFIED"
     INSTALLED = "INSTALLED"
@@ -255,6 +290,7 @@ class EngineState(enum.StrEnum):
     DRAINING = "DRAINING"
     STOPPING = "STOPPING"
     FAILED = "FAILED"
+    LEAKED = "LEAKED"
 
 
 @dataclass(frozen=True, slots=True)

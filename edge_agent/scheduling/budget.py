@@ -1,0 +1,83 @@
+"""How much memory is left for another engine, and which engines would have to go for it. Pure.
+
+The ledger of reservations: each engine is committed with its load peak while it loads and with its
+steady need afterwards, whatever it has touched so far. What others use is what is gone and not
+held by an engine; the rest of the robot gets its reserve, or what it really uses and a floor,
+whichever is more.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from edge_agent.scheduling.values import Memory, Rules
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """One engine's entry: `committed_bytes` may still be touched, `held_bytes` are known to be."""
+
+    committed_bytes: int
+    held_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An engine that may be unloaded: what that frees, and what it is expected to cost."""
+
+    name: str
+    frees_bytes: int
+    cost: float
+
+
+def others_bytes(memory: Memory, ledger: Iterable[Reservation]) -> int | None:
+    """What everything but the engines uses now; None when nobody knows."""
+    if memory.available_bytes is None:
+        return None
+    held = sum(entry.held_bytes for entry in ledger)
+    return max(0, memory.total_bytes - memory.available_bytes - held)
+
+
+def kept_bytes(memory: Memory, ledger: Sequence[Reservation], rules: Rules) -> int:
+    """What engines must leave alone: the reserve, or what others use and the soft floor."""
+    others = others_bytes(memory, ledger)
+    used = 0 if others is None else others
+    return max(rules.reserve_bytes, used + rules.soft_floor_bytes)
+
+
+def room_bytes(memory: Memory, ledger: Sequence[Reservation], rules: Rules) -> int:
+    """What another engine may take; negative when too much is committed already."""
+    committed = sum(entry.committed_bytes for entry in ledger)
+    room = memory.total_bytes - kept_bytes(memory, ledger, rules) - committed
+    if rules.budget_bytes is not None:
+        room = min(room, rules.budget_bytes - committed)
+    return room
+
+
+def ceiling_bytes(memory: Memory, rules: Rules) -> int:
+    """The most that an engine could ever get here, with nothing else loaded and others at rest."""
+    most = memory.total_bytes - max(rules.reserve_bytes, rules.soft_floor_bytes)
+    return most if rules.budget_bytes is None else min(most, rules.budget_bytes)
+
+
+def choose_victims(
+    candidates: Sequence[Candidate], missing_bytes: int, missing_places: int
+) -> tuple[Candidate, ...] | None:
+    """The set that frees enough bytes and places at the least cost; None when no set does.
+
+    All subsets are looked at: at most eight engines are resident. Among equals the one with fewer
+    engines, then with fewer bytes, then by name.
+    """
+    best: tuple[tuple[float, int, int, tuple[str, ...]], tuple[Candidate, ...]] | None = None
+    least = max(missing_places, 1 if missing_bytes > 0 else 0)
+    for size in range(least, len(candidates) + 1):
+        for chosen in itertools.combinations(candidates, size):
+            freed = sum(each.frees_bytes for each in chosen)
+            if freed < missing_bytes:
+                continue
+            cost = math.fsum(each.cost for each in chosen)
+            rank = (cost, size, freed, tuple(sorted(each.name for each in chosen)))
+            if best is None or rank < best[0]:
+                best = (rank, chosen)
+    return best[1] if best else None

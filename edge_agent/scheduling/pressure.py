@@ -1,0 +1,61 @@
+"""How tight memory is and how warm the machine, and what follows from it. Pure.
+
+A level is left only well above the floor where it was entered, so that it does not flap. Stalls
+(PSI) and heat never kill anything: they stop loads and lower concurrency.
+"""
+
+import enum
+
+from edge_agent.scheduling.values import Heat, MachineView, Rules
+
+_LEAVE_FACTOR = 1.25
+"""A floor counts as left a quarter above it."""
+_LEAVE_STALLED_FACTOR = 0.5
+_FULL_STALLED_SHARE = 0.5
+"""`full` means that every task waited: half of the limit for `some` is as bad."""
+
+
+class Level(enum.IntEnum):
+    """NORMAL: engines load. SOFT: none loads, idle ones go. HARD: workers are killed."""
+
+    NORMAL = 0
+    SOFT = 1
+    HARD = 2
+
+
+def next_level(before: Level, machine: MachineView, rules: Rules) -> Level:
+    """The level now. Memory that nobody knows is not tight: the ledger alone decides then."""
+    available = machine.memory.available_bytes
+
+    def below(floor_bytes: int, level: Level) -> bool:
+        factor = _LEAVE_FACTOR if before >= level else 1.0
+        return available is not None and available < floor_bytes * factor
+
+    if below(rules.hard_floor_bytes, Level.HARD):
+        return Level.HARD
+    if below(rules.soft_floor_bytes, Level.SOFT) or _stalled(before, machine, rules):
+        return Level.SOFT
+    return Level.NORMAL
+
+
+def parallel_steps(slots: int, heat: Heat) -> int:
+    """How many steps an engine with so many slots may decide at once."""
+    if heat is Heat.THROTTLED:
+        return 1
+    if heat is Heat.NOMINAL:
+        return slots
+    return max(1, slots // 2)
+
+
+def slowdown(heat: Heat) -> float:
+    """By what measured times are multiplied while the machine is warm."""
+    return {Heat.NOMINAL: 1.0, Heat.UNKNOWN: 1.25, Heat.WARM: 1.25, Heat.THROTTLED: 2.0}[heat]
+
+
+def _stalled(before: Level, machine: MachineView, rules: Rules) -> bool:
+    factor = _LEAVE_STALLED_FACTOR if before >= Level.SOFT else 1.0
+    limit = rules.soft_stalled_percent * factor
+    some, full = machine.stalled_some_percent, machine.stalled_full_percent
+    return (some is not None and some > limit) or (
+        full is not None and full > limit * _FULL_STALLED_SHARE
+    )

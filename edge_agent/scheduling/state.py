@@ -1,0 +1,148 @@
+"""All that the scheduler knows: what waits, what is resident, how tight memory is. No I/O.
+
+Changed by the planner and by what makes room; reads no clock.
+"""
+
+import heapq
+import math
+from collections.abc import Iterator
+
+from edge_agent.core import EngineState
+from edge_agent.errors import EdgeAgentError
+from edge_agent.scheduling.budget import others_bytes
+from edge_agent.scheduling.eviction import Scene
+from edge_agent.scheduling.pace import Demand, Pace
+from edge_agent.scheduling.pressure import Level, parallel_steps
+from edge_agent.scheduling.queue import Key, StepQueue
+from edge_agent.scheduling.residents import Leak, Resident
+from edge_agent.scheduling.values import EngineFacts, MachineView, QueuedStep, Refuse, Rules
+
+
+class State:
+    """The records, and the changes that keep them whole."""
+
+    def __init__(self, rules: Rules, machine: MachineView) -> None:
+        """Nothing is installed, resident or waiting."""
+        self.rules = rules
+        self.machine = machine
+        self.level = Level.NORMAL
+        self.facts: dict[str, EngineFacts] = {}
+        self.residents: dict[str, Resident] = {}
+        self.leaks: dict[str, Leak] = {}
+        self.pins: set[str] = set()
+        self.paces: dict[str, Pace] = {}
+        self.demands: dict[str, Demand] = {}
+        self.preemptions: dict[int, int] = {}
+        self.queue = StepQueue(lambda client: self.rules.client_weights.get(client, 1.0))
+        self._deadlines: list[tuple[float, int]] = []
+
+    # --- what is known ---
+
+    def scene(self) -> Scene:
+        """What the choice of the next load looks at."""
+        return Scene(
+            self.machine.memory,
+            self.rules,
+            self.facts,
+            self.residents,
+            self.leaks,
+            self.pins,
+            self.demands,
+            self.queue,
+        )
+
+    def parallel(self, resident: Resident) -> int:
+        """How many steps the engine may decide at once."""
+        return parallel_steps(resident.slots, self.machine.heat)
+
+    def next_load(self) -> tuple[Key, QueuedStep] | None:
+        """The first waiting step whose engine is not in memory, and its key."""
+        best = None
+        for name in list(self.queue.engines()):
+            if name not in self.residents:
+                head = self.queue.head(name)
+                if head is not None and (best is None or head[0] < best[0]):
+                    best = head
+        return best
+
+    def in_transition(self) -> bool:
+        """Whether an engine is on its way in or out: they move one at a time."""
+        moving = (EngineState.LOADING, EngineState.STOPPING)
+        return any(resident.state in moving for resident in self.residents.values())
+
+    def idle(self) -> list[Resident]:
+        """Engines that nobody uses, waits for, leases or has pinned."""
+        return [
+            resident
+            for resident in self.residents.values()
+            if resident.state is EngineState.READY
+            and not resident.running
+            and not self.queue.count(resident.name)
+            and resident.lease is None
+            and resident.name not in self.pins
+        ]
+
+    def unclaimed_bytes(self) -> int | None:
+        """What everything but resident engines uses, leaks included; None when nobody knows."""
+        entries = [resident.reservation for resident in self.residents.values()]
+        return others_bytes(self.machine.memory, entries)
+
+    def next_deadline_s(self) -> float:
+        """When the next waiting step runs out of time; infinite when none does."""
+        while self._deadlines and self._deadlines[0][1] not in self.queue:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else math.inf
+
+    def pace(self, engine: str) -> Pace:
+        """What this engine was measured to do."""
+        return self.paces.setdefault(engine, Pace())
+
+    def demand(self, engine: str) -> Demand:
+        """How often steps ask for this engine."""
+        return self.demands.setdefault(engine, Demand())
+
+    # --- changes ---
+
+    def wait(self, step: QueuedStep, *, again: bool = False) -> None:
+        """Let a step wait; `again`: it has run, and was stopped for no fault of its own."""
+        self.queue.add(step, again=again)
+        if again:
+            self.preemptions[step.id] = self.preemptions.get(step.id, 0) + 1
+        if step.deadline_s is not None:
+            heapq.heappush(self._deadlines, (step.deadline_s, step.id))
+
+    def drop(self, step_id: int) -> QueuedStep | None:
+        """A waiting step leaves without having run; None when it does not wait."""
+        step = self.queue.discard(step_id)
+        if step is not None:
+            self.preemptions.pop(step_id, None)
+            self.end_lease(step)
+        return step
+
+    def expired(self, now_s: float) -> Iterator[QueuedStep]:
+        """Take out every waiting step whose deadline has come."""
+        while self.next_deadline_s() <= now_s:
+            _, step_id = heapq.heappop(self._deadlines)
+            step = self.drop(step_id)
+            if step is not None:
+                yield step
+
+    def refuse_all(self, engine: str, error: EdgeAgentError) -> list[Refuse]:
+        """Everybody who waits for an engine gets this error."""
+        waiting = [step for step in self.queue.waiting() if step.engine == engine]
+        for step in waiting:
+            self.drop(step.id)
+        return [Refuse(step, error) for step in waiting]
+
+    def give_place(self, step: QueuedStep, now_s: float) -> None:
+        """A running step's place is free again."""
+        self.end_lease(step)
+        resident = self.residents.get(step.engine)
+        if resident is not None and resident.running.pop(step.id, None) is not None:
+            resident.last_used_s = now_s
+
+    def end_lease(self, step: QueuedStep) -> None:
+        """The load that was made for this step has served it, or is not needed for it any more."""
+        resident = self.residents.get(step.engine)
+        if resident is not None and resident.lease == step.id:
+            resident.lease = None
