@@ -39,7 +39,13 @@ from edge_agent.strict_yaml import (
 )
 from edge_agent.units import KIB, MIB, format_duration, format_size, parse_duration, parse_size
 
-RESTART_KEYS: Final = ("engines_dir", "preload", "log.format")
+RESTART_KEYS: Final = (
+    "engines_dir",
+    "preload",
+    "log.format",
+    "telemetry.sysroot",
+    "telemetry.interval",
+)
 """Keys that only take effect at the next start; a reload changes all others.
 
 What is below `worker` and `engines` holds for engines that are loaded from then on.
@@ -157,6 +163,13 @@ class Worker(Section):
     oom_score_adj: int = Field(default=900, ge=0, le=1000)
 
 
+class Telemetry(Section):
+    """How the machine is watched. `interval_s` is of memory; the rest is read more rarely."""
+
+    sysroot: AbsolutePath = Path("/")
+    interval_s: Duration = Field(default=0.25, ge=0.05, le=1.0, alias="interval")
+
+
 class Shutdown(Section):
     """How the daemon ends."""
 
@@ -175,6 +188,7 @@ class Config(Section):
     runs: Runs = Field(default_factory=Runs)
     scheduling: Scheduling = Field(default_factory=Scheduling)
     worker: Worker = Field(default_factory=Worker)
+    telemetry: Telemetry = Field(default_factory=Telemetry)
     shutdown: Shutdown = Field(default_factory=Shutdown)
 
 
@@ -311,7 +325,9 @@ def _describe(path: KeyPath, entry: Any) -> str:
 
 
 def _limit(path: KeyPath, number: Any) -> str:
-    """A number of a range as the file writes it: sizes were read before their range is checked."""
+    """A number of a range as the file writes it: what has a unit was read before the check."""
+    if isinstance(number, float):  # nothing but durations
+        return format_duration(number)
     is_size = str(path[-1] if path else "").endswith("_size")
     return format_size(number) if is_size and isinstance(number, int) else str(number)
 

@@ -182,6 +182,14 @@ shutdown: {grace: 0s}
     def test_a_limit_of_a_size_is_shown_as_a_size(self):
         assert violations("runs: {max_request_size: 1B}") == {
             "runs.max_request_size": "1B, must be at least 64KiB"
+    def test_a_limit_of_a_duration_is_shown_as_a_duration(self):
+        assert violations("telemetry: {interval: 10ms}") == {
+            "telemetry.interval": "10ms, must be at least 50ms"
+        }
+        assert violations("telemetry: {interval: 2s}") == {
+            "telemetry.interval": "2s, must be at most 1s"
+        }
+
         }
 
     @pytest.mark.parametrize(
