@@ -92,12 +92,6 @@ def recipes_dir() -> Path:
     return packed if packed.is_dir() else _PACKAGE.parent / "engines"
 
 
-def example_config() -> Path:
-    """The commented configuration file: in the wheel, else in the checkout."""
-    packed = _PACKAGE / "config.example.yaml"
-    return packed if packed.is_file() else _PACKAGE.parent / "config.example.yaml"
-
-
 def _first_of(environ: Mapping[str, str], variable: str) -> Path | None:
     """One of systemd's variables: a colon-separated list whose first entry is ours."""
     first = environ.get(variable, "").partition(":")[0]

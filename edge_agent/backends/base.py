@@ -120,4 +120,7 @@ class Backend(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of the engine. The process ends right after."""
+        """Let go of the engine and of what it has on disk, for a process that goes on.
+
+        A worker ends its process instead: nothing native may hold up an unload.
+        """

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from edge_agent.core import RunError, StepResult
 from edge_agent.engines.protocol import Batch, Delta, Failed, Finished, ToDaemon, encode
@@ -49,7 +50,6 @@ class Outbox:
         self._messages: list[ToDaemon] = []
         self._streaming: frozenset[int] = frozenset()
         self._lossy: dict[int, RunError] = {}
-        self._closed = False
 
     def delta(self, sequence: int, text: str, tokens: int) -> bool:
         """Add text. False: its backlog is over the bound, or its text can't be sent; stop it."""
@@ -80,19 +80,11 @@ class Outbox:
             self._messages.append(message)
             self._changed.notify()
 
-    def close(self) -> None:
-        """Let `run` return once everything has been sent."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-
-    def run(self) -> None:
-        """Send until closed."""
+    def run(self) -> NoReturn:
+        """Send until `send` raises, which this raises too."""
         while True:
             with self._changed:
                 self._changed.wait_for(self._anything)
-                if not self._anything_unsent():
-                    return
                 self._changed.wait_for(self._step_complete, timeout=_STEP_WINDOW_S)
                 frames = self._take()
             self._send(frames)
@@ -102,11 +94,8 @@ class Outbox:
             self._ended.append(end)
             self._changed.notify()
 
-    def _anything_unsent(self) -> bool:
-        return bool(self._unsent or self._ended or self._messages)
-
     def _anything(self) -> bool:
-        return self._closed or self._anything_unsent()
+        return bool(self._unsent or self._ended or self._messages)
 
     def _step_complete(self) -> bool:
         """Every sequence that streamed in the last write has something again."""

@@ -70,7 +70,6 @@ class Hello(_Message, frozen=True, forbid_unknown_fields=False, tag="hello"):
     """The worker is up."""
 
     version: int
-    pid: int
 
 
 class Loading(_Message, frozen=True, tag="loading"):

@@ -157,7 +157,7 @@ def main(fd: int, parent_pid: int, oom_score_adj: int) -> None:
         os._exit(1)
     Path("/proc/self/oom_score_adj").write_text(str(oom_score_adj))
     channel = socket.socket(fileno=fd)
-    channel.sendall(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, os.getpid())))
+    channel.sendall(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION)))
     framer = protocol.Framer()
     try:
         load = _first_message(channel, framer)

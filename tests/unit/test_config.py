@@ -30,6 +30,9 @@ from edge_agent.units import (
     parse_duration,
     parse_size,
 )
+from tests.conftest import REPOSITORY
+
+EXAMPLE = REPOSITORY / "config.example.yaml"
 
 
 def violations(text: str) -> dict[str, str]:
@@ -45,11 +48,11 @@ def violations(text: str) -> dict[str, str]:
 
 class TestExample:
     def test_equals_the_defaults_in_code(self):
-        text = paths.example_config().read_text()
+        text = EXAMPLE.read_text()
         assert parse_config(text, "example") == Config()
 
     def test_holds_every_key_and_no_other(self):
-        data = yaml.safe_load(paths.example_config().read_text())
+        data = yaml.safe_load(EXAMPLE.read_text())
         held = set()
         for key, value in data.items():
             is_section = isinstance(value, dict) and key != "engines"
@@ -57,7 +60,7 @@ class TestExample:
         assert held == set(known_keys())
 
     def test_its_commented_examples_are_valid(self):
-        text = paths.example_config().read_text()
+        text = EXAMPLE.read_text()
         text = text.replace("engines: {}", "engines:").replace("python: {}", "python:")
         text = re.sub(r"^( *)#   (\S+:( .*)?)$", r"\1    \2", text, flags=re.MULTILINE)
         text = re.sub(
@@ -74,7 +77,7 @@ class TestExample:
 
     def test_each_stated_range_is_the_one_in_code(self):
         """`8 to 2048` in the comment above a key is what the code refuses just outside of."""
-        text = paths.example_config().read_text()
+        text = EXAMPLE.read_text()
         pattern = r"# .*?\b(\d+) to (\d+)[^\n]*\n(?: +#[^\n]*\n)*  (\w+): (?:\d+|null)\n"
         stated = {match[3]: (int(match[1]), int(match[2])) for match in re.finditer(pattern, text)}
         assert len(stated) >= 8
@@ -179,9 +182,6 @@ shutdown: {grace: 0s}
         assert list(found) == [field]
         assert found[field].startswith(description)
 
-    def test_a_limit_of_a_size_is_shown_as_a_size(self):
-        assert violations("runs: {max_request_size: 1B}") == {
-            "runs.max_request_size": "1B, must be at least 64KiB"
     def test_a_limit_of_a_duration_is_shown_as_a_duration(self):
         assert violations("telemetry: {interval: 10ms}") == {
             "telemetry.interval": "10ms, must be at least 50ms"
@@ -190,6 +190,9 @@ shutdown: {grace: 0s}
             "telemetry.interval": "2s, must be at most 1s"
         }
 
+    def test_a_limit_of_a_size_is_shown_as_a_size(self):
+        assert violations("runs: {max_request_size: 1B}") == {
+            "runs.max_request_size": "1B, must be at least 64KiB"
         }
 
     @pytest.mark.parametrize(
@@ -325,7 +328,7 @@ class TestRestart:
         assert set(RESTART_KEYS) <= set(known_keys())
 
     def test_the_example_marks_just_these(self):
-        text = paths.example_config().read_text()
+        text = EXAMPLE.read_text()
         marked = re.findall(r"At the next start\.[^\n]*\n *(\w+):", text)
         assert marked == [key.rpartition(".")[2] for key in RESTART_KEYS]
 
@@ -472,6 +475,5 @@ class TestPaths:
         with pytest.raises(ConfigError, match="Permission denied"):
             paths.default_config_path({"XDG_CONFIG_HOME": str(tmp_path)})
 
-    def test_the_checkout_has_recipes_and_the_example(self):
+    def test_the_checkout_has_recipes(self):
         assert list(paths.recipes_dir().glob("*.yaml"))
-        assert paths.example_config().is_file()

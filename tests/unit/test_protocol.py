@@ -90,7 +90,7 @@ TO_WORKER = st.one_of(
     st.just(protocol.Shutdown()),
 )
 TO_DAEMON = st.one_of(
-    st.builds(protocol.Hello, INTEGERS, INTEGERS),
+    st.builds(protocol.Hello, INTEGERS),
     st.builds(protocol.Loading, st.floats(0, 1)),
     st.builds(protocol.Ready, INTEGERS, st.floats(0, 100), TEXT),
     st.builds(protocol.Refused, ERRORS),
@@ -143,8 +143,8 @@ class TestMessages:
             protocol.to_worker_decoder.decode(body)
 
     def test_the_first_messages_are_read_far_enough_to_see_another_version(self):
-        hello = protocol.to_daemon_decoder.decode(packed(t="hello", version=9, pid=1, mood="good"))
-        assert hello == protocol.Hello(9, 1)
+        hello = protocol.to_daemon_decoder.decode(packed(t="hello", version=9, mood="good"))
+        assert hello == protocol.Hello(9)
 
 
 class TestFraming:
