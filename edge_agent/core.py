@@ -345,6 +345,15 @@ class Halt:
 
 
 @dataclass(frozen=True, slots=True)
+class RunTelemetry:
+    """The whole machine between a run's acceptance and its end, other runs included."""
+
+    energy_mj: float | None = None
+    min_available_bytes: int | None = None
+    max_temperature_milli_c: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """A run as it stands. `sequence` is the last event that this value includes.
 
@@ -367,6 +376,7 @@ class Run:
     answer: str | None = None
     error: RunError | None = None
     usage: Usage = field(default_factory=Usage)
+    telemetry: RunTelemetry | None = None
 
 
 @dataclass(frozen=True, slots=True)

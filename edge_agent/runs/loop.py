@@ -18,6 +18,7 @@ from edge_agent.core import (
     Role,
     RunError,
     RunState,
+    RunTelemetry,
     StepFinished,
     StepRequest,
     StepResult,
@@ -61,17 +62,31 @@ class Steps(Protocol):
         ...
 
 
+class Recording(Protocol):
+    """What the machine goes through from its making to its end."""
+
+    def end(self) -> RunTelemetry:
+        """All of it, up to now. Called once."""
+        ...
+
+
 class RunLoop:
     """Drives one run. All methods on the daemon's loop."""
 
     def __init__(
-        self, live: LiveRun, steps: Steps, latch: HaltLatch, settings: RunSettings
+        self,
+        live: LiveRun,
+        steps: Steps,
+        latch: HaltLatch,
+        settings: RunSettings,
+        recording: Recording | None = None,
     ) -> None:
-        """Ready to `start`."""
+        """Ready to `start`. `recording` None: nobody watches the machine."""
         self.live = live
         self._steps = steps
         self._latch = latch
         self._settings = settings
+        self._recording = recording
         self._tools = {tool.name: tool for tool in live.spec.tools}
         self._open: dict[str, asyncio.Future[ToolResult]] = {}
         self._calls_issued = 0
@@ -318,7 +333,12 @@ class RunLoop:
     ) -> None:
         self._open.clear()
         self.live.finish(
-            state=state, answer=answer, error=error, open_tool_calls=(), ended_at_s=time.time()
+            state=state,
+            answer=answer,
+            error=error,
+            open_tool_calls=(),
+            ended_at_s=time.time(),
+            telemetry=self._recording.end() if self._recording else None,
         )
         run = self.live.run
         log.info(

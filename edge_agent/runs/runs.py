@@ -36,7 +36,7 @@ from edge_agent.errors import (
 )
 from edge_agent.runs.halts import HaltLatch, covers_run
 from edge_agent.runs.live import LiveRun
-from edge_agent.runs.loop import RunLoop, Steps
+from edge_agent.runs.loop import Recording, RunLoop, Steps
 from edge_agent.runs.settings import RunSettings
 from edge_agent.runs.store import MemoryRunStore, RunStore
 
@@ -55,6 +55,14 @@ class Engines(Steps, Protocol):
         ...
 
 
+class Recorder(Protocol):
+    """Who watches the machine."""
+
+    def begin(self) -> Recording:
+        """Watch it for one run, from now on."""
+        ...
+
+
 class Runs:
     """All runs and the Halt latch."""
 
@@ -64,11 +72,13 @@ class Runs:
         latch: HaltLatch,
         settings: RunSettings,
         store: RunStore | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """No runs yet."""
         self.settings = settings
         self._engines = engines
         self._latch = latch
+        self._recorder = recorder
         self._store: RunStore = store or MemoryRunStore(
             retention_s=lambda: self.settings.retention_s,
             max_retained=lambda: self.settings.max_retained,
@@ -99,7 +109,9 @@ class Runs:
             state=RunState.QUEUED,
             created_at_s=time.time(),
         )
-        loop = RunLoop(LiveRun(run, spec), self._engines, self._latch, self.settings)
+        recording = self._recorder.begin() if self._recorder else None
+        live = LiveRun(run, spec)
+        loop = RunLoop(live, self._engines, self._latch, self.settings, recording)
         self._store.add(loop)
         task = loop.start()
         self._active[run.id] = (loop, task)

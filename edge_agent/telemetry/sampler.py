@@ -172,7 +172,9 @@ class Sampler:
     def _run(self) -> None:
         while not self._stopping:
             now_s = self._clock()
-            self._on_snapshot(self.sample(now_s))
+            snapshot = self.sample(now_s)
+            if not self._stopping:  # else whom it is for may be gone
+                self._on_snapshot(snapshot)
             interval_s = _FAST_S if self._fast_count else self._interval_s
             self._wake.wait(max(0.0, now_s + interval_s - self._clock()))
             self._wake.clear()

@@ -111,7 +111,6 @@ class GpuMetrics:
 
     index: int
     name: Metric[str]
-    integrated: Metric[bool]
     memory_total_bytes: Metric[int]
     memory_used_bytes: Metric[int]
     utilisation_percent: Metric[int]
