@@ -30,6 +30,9 @@ from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
 from edge_agent.runs.settings import RunSettings
 from edge_agent.scheduling.scheduler import Scheduler, SchedulerSettings
+from edge_agent.telemetry.recorder import Recorder
+from edge_agent.telemetry.sampler import Sampler
+from edge_agent.telemetry.snapshot import TelemetrySnapshot
 
 LAST_GOOD_CONFIG = "config.last-good.yaml"
 HALTS = "halts.json"
@@ -80,6 +83,10 @@ class ConfigFile:
                 raise error from None
             self.path = last_good
             self.problem = f"running on the last known good configuration: {error.message}"
+
+    def telemetry(self) -> TelemetrySnapshot:
+        """The machine as it was last seen, as old as that is by now."""
+        return self._sampler.latest
 
     def reload(self) -> tuple[str, ...]:
         """Read it again; returns the keys that need a restart.
@@ -134,20 +141,29 @@ class Daemon:
         assert config.engines_dir is not None  # noqa: S101 - load_config fills it in
         self._catalogue = Catalogue(config.engines_dir)
         self._scheduler = Scheduler(self._catalogue, scheduler_settings(config))
+        self._limits = request_limits(config, self._default_engine)
         latch = HaltLatch(file.locations.state_dir / HALTS)
-        self._runs = Runs(self._scheduler, latch, run_settings(config))
+        self._sampler = Sampler(
+            config.telemetry.sysroot,
+            interval_s=config.telemetry.interval_s,
+            on_snapshot=self._hand_over,
+        )
+        self._recorder = Recorder(self.telemetry)
+        self._runs = Runs(self._scheduler, latch, run_settings(config), recorder=self._recorder)
         self._servers = ApiServers(
             file.locations.runtime_dir,
             runs=self._runs,
             engines=self._scheduler,
             daemon=self,
-            limits=lambda: request_limits(self._file.config, self._default_engine),
+            limits=lambda: self._limits,
         )
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; the second one cuts the grace period short."""
         self._handle_signals()
+        self._loop = asyncio.get_running_loop()
         await self._servers.start()
+        self._sampler.start()
         watchdog = asyncio.create_task(self._feed_watchdog())
         try:
             await self._servers.set_serving(serving=True)
@@ -165,6 +181,7 @@ class Daemon:
             await self._shut_down()
         finally:
             await self._scheduler.stop()
+            self._sampler.stop()
             watchdog.cancel()
         log.info("daemon_stopped")
 
@@ -201,6 +218,7 @@ class Daemon:
             logging.set_level(config.log.level)
             self._scheduler.settings = scheduler_settings(config)
             self._runs.settings = run_settings(config)
+            self._limits = request_limits(config, self._default_engine)
             log.info("config_reloaded", needs_restart=list(changed))
         except ConfigError as error:
             log.error("config_reload_failed", error=error.message)
@@ -233,6 +251,10 @@ class Daemon:
         # Engines first: the lock goes with the servers, and who takes it next needs the memory.
         await self._scheduler.stop()
         await self._servers.stop(_CLOSE_STREAMS_S)
+
+    def _hand_over(self, snapshot: TelemetrySnapshot) -> None:
+        """From the sampler's thread to this loop."""
+        self._loop.call_soon_threadsafe(self._recorder.observe, snapshot)
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()

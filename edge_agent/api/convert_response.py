@@ -45,7 +45,7 @@ def timestamp(unix_s: float | None) -> Timestamp | None:
 
 def parts(values: Iterable[core.Part]) -> list[types_pb2.Part]:
     """The pieces of a content."""
-    return [_part(value) for value in values]
+    return [_fill_part(types_pb2.Part(), value) for value in values]
 
 
 def tool_call(call: core.ToolCall) -> types_pb2.ToolCall:
@@ -106,7 +106,8 @@ def fill_run(target: run_service_pb2.Run, value: core.Run, *, with_transcript: b
     if with_transcript:
         for turn in value.transcript:
             _fill_message(target.transcript.add(), turn)
-    target.open_tool_calls.extend(map(tool_call, value.open_tool_calls))
+    if value.open_tool_calls:
+        target.open_tool_calls.extend(map(tool_call, value.open_tool_calls))
     target.partial_text = value.partial_text
     if value.answer is not None:
         target.answer = value.answer
@@ -203,8 +204,10 @@ def _fill_error(target: types_pb2.RunError, error: core.RunError) -> types_pb2.R
 
 def _fill_message(target: types_pb2.Message, turn: core.Message) -> types_pb2.Message:
     target.role = _ROLES[turn.role]
-    target.parts.extend(map(_part, turn.parts))
-    target.tool_calls.extend(map(tool_call, turn.tool_calls))
+    for part in turn.parts:
+        _fill_part(target.parts.add(), part)
+    if turn.tool_calls:
+        target.tool_calls.extend(map(tool_call, turn.tool_calls))
     target.tool_call_id, target.is_error = turn.tool_call_id, turn.is_error
     return target
 
@@ -222,13 +225,13 @@ def _fill_usage(target: types_pb2.Usage, used: core.Usage) -> types_pb2.Usage:
     return target
 
 
-def _part(value: core.Part) -> types_pb2.Part:
+def _fill_part(target: types_pb2.Part, value: core.Part) -> types_pb2.Part:
     if isinstance(value, core.TextPart):
-        return types_pb2.Part(text=value.text)
-    blob = types_pb2.Blob(media_type=value.media_type, data=value.data)
-    if value.kind is core.PartKind.IMAGE:
-        return types_pb2.Part(image=blob)
-    return types_pb2.Part(audio=blob)
+        target.text = value.text
+        return target
+    blob = target.image if value.kind is core.PartKind.IMAGE else target.audio
+    blob.media_type, blob.data = value.media_type, value.data
+    return target
 
 
 def _step_finished(value: core.StepFinished) -> run_service_pb2.StepFinished:

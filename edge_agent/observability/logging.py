@@ -13,6 +13,7 @@ import msgspec
 import structlog
 
 _LEVELS = {name.lower(): level for name, level in logging.getLevelNamesMapping().items()}
+_encode = msgspec.json.Encoder(enc_hook=str).encode
 _threshold = logging.INFO
 
 
@@ -60,5 +61,5 @@ def _render_json(_logger: object, method: str, event: MutableMapping[str, Any]) 
     if "exc_info" in event:
         event = structlog.processors.format_exc_info(_logger, method, event)
     event["level"] = "error" if method == "exception" else method
-    event["timestamp"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-    return msgspec.json.encode(event, enc_hook=str)
+    event["timestamp"] = datetime.now(UTC)
+    return _encode(event)

@@ -50,6 +50,8 @@ class LiveRun:
     def snapshot(self) -> Run:
         """The run as it stands."""
         text, sequence = self._log.open_text(), self._log.sequence
+        if sequence == self._run.sequence and not text:  # it has ended: nothing changes any more
+            return self._run
         return dataclasses.replace(self._run, partial_text=text, sequence=sequence)
 
     def emit(self, body: EventBody, **changes: Any) -> None:
@@ -75,9 +77,8 @@ class LiveRun:
 
     def finish(self, **changes: Any) -> None:
         """The last event."""
-        self._run = dataclasses.replace(self._run, **changes)
-        ended = dataclasses.replace(self._run, sequence=self._log.sequence + 1)
-        self.emit(RunFinished(ended))
+        self._run = dataclasses.replace(self._run, **changes, sequence=self._log.sequence + 1)
+        self.emit(RunFinished(self._run))
 
     async def follow(self, after_sequence: int | None) -> AsyncIterator[Event]:
         """A snapshot, then every event after `after_sequence` (None: after the snapshot).
