@@ -1,12 +1,15 @@
 """The Halt latch: what is stopped until somebody clears it. Survives restarts.
 
 Acting comes first and is the caller's; this module decides what a Halt covers and keeps the
-record. A record that can't be read means that everything is halted.
+record. A record that can't be read means that everything is halted, and so does one Halt more than
+the latch holds: a Halt is never refused.
 """
 
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -14,6 +17,8 @@ from edge_agent.core import Halt, HaltScope
 from edge_agent.errors import NotFound
 
 UNREADABLE_ID = "unreadable"
+MAX_HALTS: Final = 1000
+"""Far more than people latch. All are looked at for each run and call, and written at each Halt."""
 
 
 class HaltLatch:
@@ -48,13 +53,37 @@ class HaltLatch:
         """A Halt that stops calls of this tool, if any."""
         return next((h for h in self._halts.values() if covers_tool(h, tool)), None)
 
-    def latch(self, halt: Halt) -> None:
-        """Latch in memory, at once. `record` comes after."""
-        self._halts[halt.id] = halt
+    def latch(self, halt: Halt) -> Halt:
+        """Latch in memory, at once. `record` comes after.
 
-    def lift(self, halt_id: str) -> None:
-        """Lift in memory. The caller has recorded the rest before."""
-        self._halts.pop(halt_id, None)
+        Each is latched by itself, so that nobody lifts what somebody else wants halted too. Above
+        MAX_HALTS it is one that covers at least as much: the latched one of the same scope and
+        target, else the latched one of ALL, else this one as ALL.
+
+        Returns:
+            What is latched.
+        """
+        if len(self._halts) >= MAX_HALTS:
+            halt = self._above_the_limit(halt)
+        self._halts[halt.id] = halt
+        return halt
+
+    def lift(self, halt: Halt) -> None:
+        """Lift in memory, unless it has been latched again. The rest has been recorded before."""
+        if self._halts.get(halt.id) is halt:
+            del self._halts[halt.id]
+
+    def _above_the_limit(self, halt: Halt) -> Halt:
+        latched = self._halts.values()
+        for scope, target in ((halt.scope, halt.target), (HaltScope.ALL, "")):
+            for each in latched:
+                if (each.scope, each.target) == (scope, target):
+                    return dataclasses.replace(each)  # not the same one to a lift on its way
+        if halt.scope is HaltScope.ALL:
+            return halt
+        why = f": {halt.reason}" if halt.reason else ""
+        reason = f"{len(latched)} Halts latched: {halt.scope} {halt.target!r} became ALL{why}"
+        return dataclasses.replace(halt, scope=HaltScope.ALL, target="", reason=reason)
 
     def record(self, halts: tuple[Halt, ...]) -> None:
         """Write these to disk, durably. Blocks.

@@ -189,21 +189,31 @@ class Runs:
         return self._latch.halts()
 
     async def halt(self, scope: HaltScope, target: str, reason: str, client: str) -> HaltOutcome:
-        """Latch a Halt: first stop what it covers, then write it to disk."""
-        halt = Halt(uuid.uuid4().hex, scope, target, reason, client, time.time())
-        self._latch.latch(halt)
+        """Latch a Halt: first stop what it covers, then write it to disk.
+
+        It is never refused; what is latched may cover more than was asked (`HaltLatch.latch`).
+        """
+        asked = Halt(uuid.uuid4().hex, scope, target, reason, client, time.time())
+        halt = self._latch.latch(asked)
         stopped = 0
         for loop in self._covered(halt):
             error = RunError(
                 "HALTED",
-                f"halted: {reason or scope}",
-                metadata={"halt_id": halt.id, "scope": scope},
+                f"halted: {halt.reason or halt.scope}",
+                metadata={"halt_id": halt.id, "scope": halt.scope},
             )
             loop.stop(RunState.CANCELLED, error)
             stopped += 1
-        log.warning("halt_latched", halt=halt.id, scope=scope.value, target=target, stopped=stopped)
+        log.warning(
+            "halt_latched",
+            halt=halt.id,
+            scope=halt.scope.value,
+            target=halt.target,
+            asked=f"{scope} {target}".rstrip(),
+            stopped=stopped,
+        )
         try:
-            await asyncio.wait_for(self._whatever_happens(self._record(halt.id)), _RECORD_TIMEOUT_S)
+            await asyncio.wait_for(self._whatever_happens(self._record(halt)), _RECORD_TIMEOUT_S)
         except TimeoutError:
             log.error("halt_record_late", halt=halt.id, waited_s=_RECORD_TIMEOUT_S)
             return HaltOutcome(halt, stopped, recorded=False)
@@ -218,9 +228,9 @@ class Runs:
             NotFound: none has this id.
             FailedPrecondition: reason HALT_NOT_RECORDED, the disk refused; it stays latched.
         """
-        self._latch.get(halt_id)
+        halt = self._latch.get(halt_id)
         try:
-            await self._whatever_happens(self._record(halt_id, lift=True))
+            await self._whatever_happens(self._record(halt, lift=True))
         except OSError as error:
             message = f"halt {halt_id} stays latched: {error.strerror}"
             raise FailedPrecondition(
@@ -236,17 +246,17 @@ class Runs:
             ):
                 yield loop
 
-    async def _record(self, halt_id: str, *, lift: bool = False) -> None:
+    async def _record(self, halt: Halt, *, lift: bool = False) -> None:
         """Write the latch to disk, without this Halt if it is lifted; then it is."""
         async with self._recording:
-            halts = tuple(halt for halt in self._latch.halts() if not lift or halt.id != halt_id)
+            halts = tuple(each for each in self._latch.halts() if not lift or each is not halt)
             try:
                 await asyncio.to_thread(self._latch.record, halts)
             except OSError as error:
-                log.error("halt_not_recorded", halt=halt_id, error=str(error))
+                log.error("halt_not_recorded", halt=halt.id, error=str(error))
                 raise
             if lift:
-                self._latch.lift(halt_id)
+                self._latch.lift(halt)
 
     async def _whatever_happens(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for something that goes on when its caller is gone or waits no longer."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edge_agent.core import Halt, HaltScope
 from edge_agent.errors import NotFound
-from edge_agent.runs.halts import UNREADABLE_ID, HaltLatch, covers_run, covers_tool
+from edge_agent.runs.halts import MAX_HALTS, UNREADABLE_ID, HaltLatch, covers_run, covers_tool
 
 
 def halt(scope: HaltScope, target: str = "", halt_id: str = "h1") -> Halt:
@@ -99,7 +99,7 @@ class TestRecord:
         path.write_bytes(b"{")
         latch = HaltLatch(path)
         latch.record(())
-        latch.lift(UNREADABLE_ID)
+        latch.lift(latch.get(UNREADABLE_ID))
         assert latch.halts() == HaltLatch(path).halts() == ()
 
     def test_one_that_cannot_be_written_leaves_the_old_one(self, tmp_path: Path):
@@ -157,10 +157,72 @@ class TestLatch:
         latch = HaltLatch(tmp_path / "halts.json")
         latch.latch(halt(HaltScope.ALL, halt_id="h1"))
         latch.latch(halt(HaltScope.TOOL, "move", halt_id="h2"))
-        latch.lift("h1")
+        latch.lift(latch.get("h1"))
         assert latch.covering_tool("move") == halt(HaltScope.TOOL, "move", halt_id="h2")
         assert latch.covering_tool("speak") is None
 
+    def test_each_is_latched_by_itself_below_the_limit(self, tmp_path: Path):
+        latch = HaltLatch(tmp_path / "halts.json")
+        for number in range(MAX_HALTS):
+            mine = halt(HaltScope.TOOL, "move", halt_id=f"h{number}")
+            assert latch.latch(mine) == mine
+        assert len(latch.halts()) == MAX_HALTS
+
+
+class TestTheLimit:
+    @pytest.fixture
+    def full(self, tmp_path: Path) -> HaltLatch:
+        latch = HaltLatch(tmp_path / "halts.json")
+        for number in range(MAX_HALTS):
+            latch.latch(halt(HaltScope.TOOL, f"tool-{number}", halt_id=f"h{number}"))
+        return latch
+
+    @pytest.mark.parametrize("scope", [HaltScope.CLIENT, HaltScope.AGENT, HaltScope.TOOL])
+    def test_one_more_is_latched_as_one_of_everything_that_says_why(
+        self, full: HaltLatch, scope: HaltScope
+    ):
+        latched = full.latch(halt(scope, "gripper", halt_id="more"))
+        assert (latched.id, latched.scope, latched.target) == ("more", HaltScope.ALL, "")
+        assert full.get("more") == latched
+        assert str(MAX_HALTS) in latched.reason
+        assert f"{scope} 'gripper'" in latched.reason
+        assert "a person stood there" in latched.reason
+        assert full.covering_run("anybody", "") == latched
+
+    def test_one_of_everything_stays_what_it_is(self, full: HaltLatch):
+        mine = halt(HaltScope.ALL, halt_id="more")
+        assert full.latch(mine) == mine
+
+    def test_what_is_latched_already_is_returned_as_it_is(self, full: HaltLatch):
+        again = full.latch(halt(HaltScope.TOOL, "tool-7", halt_id="more"))
+        assert again.id == "h7"
+        assert len(full.halts()) == MAX_HALTS
+
+    @pytest.mark.parametrize("scope", list(HaltScope))
+    def test_one_of_everything_is_enough_for_all_that_come_after(
+        self, full: HaltLatch, scope: HaltScope
+    ):
+        everything = full.latch(halt(HaltScope.ALL, halt_id="all"))
+        target = "" if scope is HaltScope.ALL else "gripper"
+        assert full.latch(halt(scope, target, halt_id="more")) == everything
+        assert len(full.halts()) == MAX_HALTS + 1
+
+    def test_a_lift_that_is_on_its_way_does_not_take_what_is_latched_again(self, full: HaltLatch):
+        before = full.get("h7")
+        again = full.latch(halt(HaltScope.TOOL, "tool-7", halt_id="more"))
+        full.lift(before)
+        assert full.get("h7") == again
+        full.lift(again)
+        with pytest.raises(NotFound):
+            full.get("h7")
+
+    def test_there_is_room_again_when_one_is_lifted(self, full: HaltLatch):
+        full.lift(full.get("h0"))
+        mine = halt(HaltScope.AGENT, "picker", halt_id="more")
+        assert full.latch(mine) == mine
+
+
+class TestFinding:
     def test_names_an_id_that_is_not_latched(self, tmp_path: Path):
         with pytest.raises(NotFound, match="'h9' is not latched"):
             HaltLatch(tmp_path / "halts.json").get("h9")

@@ -455,6 +455,25 @@ class TestHalting:
 
         assert play(scenario) == (False, "HALT_NOT_RECORDED")
 
+    def test_one_more_than_the_limit_stops_what_it_covers_and_everything_else(
+        self, play, monkeypatch
+    ):
+        monkeypatch.setattr("edge_agent.runs.halts.MAX_HALTS", 1)
+
+        async def scenario(runs, engines):
+            await runs.halt(HaltScope.TOOL, "speak", "", "operator")
+            run_id = await with_open_call(runs, engines, "move", client="arm")
+            outcome = await runs.halt(HaltScope.CLIENT, "base", "a person", "operator")
+            assert (outcome.halt.scope, outcome.runs_stopped) == (HaltScope.ALL, 1)
+            assert runs.get(run_id).state is RunState.CANCELLING
+            with pytest.raises(Halted, match="a person"):
+                start(runs, client="arm")
+            again = await runs.halt(HaltScope.TOOL, "move", "", "operator")
+            assert (again.halt, again.recorded) == (outcome.halt, True)
+            assert len(runs.halts()) == 2
+
+        play(scenario)
+
 
 class SlowDisk(HaltLatch):
     """Writes when the test lets it."""
