@@ -84,10 +84,6 @@ class ConfigFile:
             self.path = last_good
             self.problem = f"running on the last known good configuration: {error.message}"
 
-    def telemetry(self) -> TelemetrySnapshot:
-        """The machine as it was last seen, as old as that is by now."""
-        return self._sampler.latest
-
     def reload(self) -> tuple[str, ...]:
         """Read it again; returns the keys that need a restart.
 
@@ -135,6 +131,7 @@ class Daemon:
         self._started_s = time.time()
         self._started_monotonic_s = time.monotonic()
         self._draining = False
+        self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         config = file.config
@@ -161,7 +158,6 @@ class Daemon:
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; the second one cuts the grace period short."""
         self._handle_signals()
-        self._loop = asyncio.get_running_loop()
         await self._servers.start()
         self._sampler.start()
         watchdog = asyncio.create_task(self._feed_watchdog())
@@ -204,6 +200,10 @@ class Daemon:
             halts=self._runs.halts(),
             config_path=str(path) if path else "",
         )
+
+    def telemetry(self) -> TelemetrySnapshot:
+        """The machine as it was last seen, as old as that is by now."""
+        return self._sampler.latest
 
     def reload(self) -> tuple[str, ...]:
         """Read the configuration again; returns the keys that need a restart.

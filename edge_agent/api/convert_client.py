@@ -14,6 +14,7 @@ from typing import TypedDict
 
 from edge_agent import core
 from edge_agent.api import convert_response
+from edge_agent.api.convert_telemetry import run_telemetry
 from edge_agent.api.spans import seconds
 from edge_agent.v1 import engine_service_pb2, run_service_pb2, system_service_pb2, types_pb2
 
@@ -128,6 +129,7 @@ def run(value: run_service_pb2.Run) -> core.Run:
         answer=value.answer if value.HasField("answer") else None,
         error=_run_error(value.error) if value.HasField("error") else None,
         usage=_usage(value.usage),
+        telemetry=run_telemetry(value.telemetry) if value.HasField("telemetry") else None,
     )
 
 

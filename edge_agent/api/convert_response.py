@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from edge_agent import core
+from edge_agent.api.convert_telemetry import fill_run_telemetry
 from edge_agent.api.spans import filled
 from edge_agent.v1 import engine_service_pb2, run_service_pb2, system_service_pb2, types_pb2
 
@@ -115,6 +116,8 @@ def fill_run(target: run_service_pb2.Run, value: core.Run, *, with_transcript: b
         _fill_error(target.error, value.error)
     _fill_usage(target.usage, value.usage)
     target.sequence = value.sequence
+    if value.telemetry is not None:
+        fill_run_telemetry(target.telemetry, value.telemetry)
 
 
 def fill_event(target: run_service_pb2.RunEvent, event: core.Event) -> None:

@@ -22,6 +22,7 @@ from edge_agent.core import (
     RunState,
     ToolResult,
 )
+from edge_agent.telemetry.snapshot import TelemetrySnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,10 @@ class DaemonPort(Protocol):
 
     def status(self) -> DaemonStatus:
         """How it is."""
+        ...
+
+    def telemetry(self) -> TelemetrySnapshot:
+        """The machine as it was last seen, as old as that is by now."""
         ...
 
     def reload(self) -> tuple[str, ...]:

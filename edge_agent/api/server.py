@@ -72,7 +72,7 @@ class ApiServers:
         self._limits = limits
         self._run_service = RunService(runs, limits)
         self._engine_service = EngineService(engines, limits)
-        self._system_service = SystemService(daemon)
+        self._system_service = SystemService(daemon, limits)
         self._health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
         self._lock_fd: int | None = None

@@ -1,6 +1,7 @@
 """`AsyncClient`: the daemon for asyncio."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self, TypeVar, Unpack
@@ -8,7 +9,7 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from edge_agent.api import convert_client as convert
-from edge_agent.api import convert_response
+from edge_agent.api import convert_response, convert_telemetry
 from edge_agent.api.convert_client import RunOptions
 from edge_agent.client.toolbox import Toolbox, Tools
 from edge_agent.client.wire import (
@@ -31,6 +32,7 @@ from edge_agent.core import (
     Tool,
     ToolResult,
 )
+from edge_agent.telemetry.snapshot import TelemetrySnapshot
 from edge_agent.v1 import engine_service_pb2 as engine_pb
 from edge_agent.v1 import run_service_pb2 as run_pb
 from edge_agent.v1 import system_service_pb2 as system_pb
@@ -172,6 +174,17 @@ class AsyncClient:
         """The daemon as a whole."""
         request = system_pb.GetStatusRequest()
         return convert.status(await self._call(self._system.GetStatus, request))
+
+    async def watch_telemetry(self, interval_s: float = 1.0) -> AsyncIterator[TelemetrySnapshot]:
+        """The machine now and every `interval_s` (0.1 to 3600), until the reader stops."""
+        request = convert_telemetry.watch_request(interval_s)
+        call = self._system.WatchTelemetry(request, metadata=self._metadata)
+        try:
+            with self._typed():
+                async for response in call:
+                    yield convert_telemetry.snapshot(response.telemetry, time.monotonic())
+        finally:
+            call.cancel()
 
     async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
         with self._typed():

@@ -202,6 +202,7 @@ def gpu_metrics(gpus: Sequence[Gpu], when: When) -> tuple[GpuMetrics, ...]:
         GpuMetrics(
             index=gpu.index,
             name=when.metric(gpu.name),
+            integrated=when.metric(gpu.integrated),
             memory_total_bytes=when.metric(gpu.memory_total_bytes),
             memory_used_bytes=when.metric(gpu.memory_used_bytes),
             utilisation_percent=when.metric(gpu.utilisation_percent),

@@ -107,10 +107,14 @@ class RailMetrics:
 
 @dataclass(frozen=True, slots=True)
 class GpuMetrics:
-    """One GPU as NVML sees it; on Orin nearly nothing. Memory is of discrete cards only."""
+    """One GPU as NVML sees it; on Orin nearly nothing.
+
+    `integrated`: it shares the memory of the CPU; only others have memory of their own.
+    """
 
     index: int
     name: Metric[str]
+    integrated: Metric[bool]
     memory_total_bytes: Metric[int]
     memory_used_bytes: Metric[int]
     utilisation_percent: Metric[int]

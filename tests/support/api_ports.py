@@ -8,6 +8,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from edge_agent.api.ports import RequestLimits
 from edge_agent.api.server import ApiServers
@@ -44,6 +45,8 @@ from edge_agent.errors import (
     NotFound,
     Unavailable,
 )
+from edge_agent.telemetry.sampler import Sampler
+from edge_agent.telemetry.snapshot import TelemetrySnapshot
 
 LIMITS = RequestLimits(
     default_engine=lambda: "small",
@@ -243,11 +246,12 @@ class EdgeThread:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self.runs = self._make_runs()
+        self.daemon = MemoryDaemon(self.runs)
         servers = ApiServers(
             self._runtime_dir,
             runs=self.runs,
             engines=MemoryEngines(),
-            daemon=MemoryDaemon(self.runs),
+            daemon=self.daemon,
             limits=lambda: LIMITS,
         )
         await servers.start()
@@ -306,6 +310,7 @@ class MemoryDaemon:
     def __init__(self, runs: MemoryRuns) -> None:
         self._runs = runs
         self.draining = False
+        self.sampler = Sampler(Path("/nowhere"))  # its test chooses another, and drives it
 
     def status(self) -> DaemonStatus:
         return DaemonStatus(
@@ -322,6 +327,9 @@ class MemoryDaemon:
             halts=self._runs.halts(),
             config_path="",
         )
+
+    def telemetry(self) -> TelemetrySnapshot:
+        return self.sampler.latest
 
     def reload(self) -> tuple[str, ...]:
         violations = [FieldViolation(f"runs.key_{i}", "x" * 100) for i in range(200)]
