@@ -28,7 +28,7 @@ setup: .venv/.stamp proto  ## the locked environment in .venv, generated code, a
 .venv/.stamp: requirements.lock pyproject.toml hatch_build.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edge-agent needs Python 3.11 or newer")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	@echo 'Installing the locked packages into .venv (some 105 MB to download the first time).'
+	@echo 'Installing the locked packages into .venv (some 155 MB to download the first time).'
 	$(BIN)/pip install --disable-pip-version-check --quiet --require-hashes -r requirements.lock
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	touch $@
