@@ -1,13 +1,15 @@
 """Which engines are installed: reads the store's manifests, checks files, removes engines.
 
-Keeps nothing in memory: what the disk says now is what counts. An engine is a directory of the
-store with a valid `manifest.json` of the same name; nothing else is ever listed. Installing is
+What the disk says now is what counts: a manifest is kept in memory, but only for as long as the
+file's inode, size and times are those with which it was read. An engine is a directory of the store
+with a valid `manifest.json` of the same name; nothing else is ever listed. Installing is
 `engines.install`'s.
 """
 
-import functools
+import contextlib
 import os
 import stat
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,11 @@ from edge_agent.errors import FieldViolation, ManifestError, NotFound
 
 LOCK_TIMEOUT_S: Final = 30.0
 MAX_MANIFEST_BYTES: Final = 1 << 20
+_FRESH_NS: Final = 3_000_000_000
+"""What changed later than this may change again without a change of its times: file systems count
+in ticks of up to 2 s (FAT)."""
+
+_Identity = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +45,11 @@ class BrokenEngine:
 class Catalogue:
     """The engines below one store directory, which need not exist yet."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self.root = root
+        self._clock_ns = clock_ns
+        self._listed: tuple[_Identity, tuple[str, ...]] | None = None
+        self._read: dict[str, tuple[_Identity, Manifest]] = {}
 
     def list(self) -> tuple[Manifest, ...]:
         """The manifests of all installed engines, by name.
@@ -65,9 +75,12 @@ class Catalogue:
         """
         engines: list[Manifest] = []
         broken: list[BrokenEngine] = []
-        for name in self._names():
+        names = self._names()
+        for name in self._read.keys() - set(names):
+            self._read.pop(name, None)
+        for name in names:
             try:
-                engines.append(_read(self.root / name))
+                engines.append(self._manifest(name))
             except ManifestError as error:
                 if os.path.lexists(self.root / name):  # else it was removed meanwhile
                     broken.append(BrokenEngine(_printable(name), _printable(error.message)))
@@ -81,7 +94,7 @@ class Catalogue:
             ManifestError: it is there, but broken.
         """
         self._require(name)
-        return _read(self.root / name)
+        return self._manifest(name)
 
     def directory(self, name: str) -> Path:
         """Where an engine's files are.
@@ -168,16 +181,42 @@ class Catalogue:
 
     def _names(self) -> Sequence[str]:
         try:
+            identity = self._identity(self.root.stat())
+            if self._listed is not None and self._listed[0] == identity:
+                return self._listed[1]
             names = sorted(os.listdir(self.root))  # noqa: PTH208 - a third of iterdir's time
         except FileNotFoundError:
             return ()
         except OSError as error:
             raise ManifestError(f"{self.root}: {error.strerror}") from error
-        return [name for name in names if not name.startswith(".")]
+        found = tuple(name for name in names if not name.startswith("."))
+        self._listed = (identity, found) if identity else None
+        return found
 
+    def _manifest(self, name: str) -> Manifest:
+        """As `_read`, without reading again what is as it was: every run and every status asks."""
+        directory = self.root / name
+        identity: _Identity = ()
+        with contextlib.suppress(OSError):  # `_read` tells why
+            identity = self._identity(os.lstat(directory), os.lstat(directory / MANIFEST_NAME))
+        known = self._read.get(name)
+        if known is not None and known[0] == identity:
+            return known[1]
+        manifest = _read(directory)
+        if identity:
+            self._read[name] = (identity, manifest)
+        return manifest
 
-# The file is read each time, since every run and every status asks; the same bytes say the same.
-_decoded = functools.lru_cache(maxsize=32)(decode_manifest)
+    def _identity(self, *statuses: os.stat_result) -> _Identity:
+        """Equal only where nothing has changed; empty, which says nothing, for what is fresh."""
+        settled_ns = self._clock_ns() - _FRESH_NS
+        found: list[int] = []
+        for status in statuses:
+            if max(status.st_mtime_ns, status.st_ctime_ns) > settled_ns:
+                return ()
+            found += (status.st_dev, status.st_ino, status.st_mode, status.st_size)
+            found += (status.st_mtime_ns, status.st_ctime_ns)
+        return tuple(found)
 
 
 def _read(directory: Path) -> Manifest:
@@ -201,7 +240,7 @@ def _read(directory: Path) -> Manifest:
     if len(raw) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
     try:
-        manifest = _decoded(raw)
+        manifest = decode_manifest(raw)
     except ManifestError as error:
         raise ManifestError(f"{directory}: {error.message}", metadata=error.metadata) from error
     if manifest.name != directory.name:

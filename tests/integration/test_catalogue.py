@@ -1,10 +1,15 @@
 """What counts as an installed engine, and what verifying finds."""
 
+import json
 import os
+import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_agent.engines import store
 from edge_agent.engines.catalogue import Catalogue
@@ -92,6 +97,120 @@ class TestListing:
         with pytest.raises(NotFound):
             catalogue.remove(name)
         assert len(catalogue.list()) == 1
+
+
+class Changing:
+    """Manifests of two engines as other processes leave them; no two have the same size."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest = json.loads((root / NAME / MANIFEST_NAME).read_text())
+        self.count = 0
+
+    def put(self, name: str) -> None:
+        """Install or replace."""
+        self.count += 1
+        data = self.manifest | {"name": name, "description": "x" * self.count}
+        directory = self.root / name
+        directory.mkdir(exist_ok=True)
+        (directory / "new").write_text(json.dumps(data))
+        (directory / "new").rename(directory / MANIFEST_NAME)
+
+    def rewrite(self, name: str) -> None:
+        """Change it where it is."""
+        path = self.root / name / MANIFEST_NAME
+        if path.exists():
+            self.count += 1
+            data = self.manifest | {"name": name, "description": "x" * self.count}
+            path.write_text(json.dumps(data))
+
+    def spoil(self, name: str) -> None:
+        path = self.root / name / MANIFEST_NAME
+        if path.exists():
+            self.count += 1
+            path.write_text("{" + " " * self.count)
+
+    def forbid(self, name: str) -> None:
+        path = self.root / name / MANIFEST_NAME
+        if path.exists():
+            path.rename(self.root / name / "kept")
+            path.symlink_to("kept")
+
+    def exchange(self, _name: str) -> None:
+        if all((self.root / name).exists() for name in CHANGING):
+            store.exchange(*(self.root / name for name in CHANGING))
+
+    def link(self, name: str) -> None:
+        """To the same files: a link is no engine."""
+        if (self.root / name).is_dir():
+            self.count += 1
+            aside = self.root / f".aside-{self.count}"
+            (self.root / name).rename(aside)
+            (self.root / name).symlink_to(aside)
+
+    def remove(self, name: str) -> None:
+        if (self.root / name).is_symlink():
+            (self.root / name).unlink()
+        else:
+            shutil.rmtree(self.root / name, ignore_errors=True)
+
+
+CHANGING = ("tiny", "other")
+CHANGES = st.sampled_from(
+    [
+        Changing.put,
+        Changing.rewrite,
+        Changing.spoil,
+        Changing.forbid,
+        Changing.exchange,
+        Changing.link,
+        Changing.remove,
+    ]
+)
+
+
+def later_ns() -> int:
+    """The clock of a catalogue to which nothing in the store is fresh."""
+    return time.time_ns() + 3600 * 10**9
+
+
+class TestRemembering:
+    def test_an_unchanged_store_is_not_read_again(self, catalogue: Catalogue, monkeypatch):
+        remembering = Catalogue(catalogue.root, clock_ns=later_ns)
+        before = remembering.contents()
+
+        def refuse(*_arguments: object, **_named: object) -> None:
+            raise AssertionError("the store was read")
+
+        monkeypatch.setattr("builtins.open", refuse)
+        monkeypatch.setattr("os.listdir", refuse)
+        assert remembering.contents() == before
+        assert remembering.get(NAME) is before[0][0]
+
+    def test_what_may_change_again_in_the_same_tick_is_read_again(self, catalogue: Catalogue):
+        written_ns = (catalogue.root / NAME / MANIFEST_NAME).stat().st_ctime_ns
+        fresh = Catalogue(catalogue.root, clock_ns=lambda: written_ns)
+        assert fresh.get(NAME) is not fresh.get(NAME)
+
+    @given(changes=st.lists(st.tuples(CHANGES, st.sampled_from(CHANGING)), max_size=12))
+    def test_it_says_what_a_new_look_at_the_store_says(self, tmp_path_factory, changes):
+        root = tmp_path_factory.mktemp("changing") / "store"
+        recipe = find_recipe(str(write_engine(root.parent)), root.parent)
+        install(recipe, Catalogue(root), lambda _fraction, _note: None)
+        changing, remembering = Changing(root), Catalogue(root, clock_ns=later_ns)
+        for change, name in changes:
+            remembering.contents()
+            change(changing, name)
+            assert remembering.contents() == Catalogue(root).contents()
+            for each in CHANGING:
+                assert looked_up(remembering, each) == looked_up(Catalogue(root), each)
+
+
+def looked_up(catalogue: Catalogue, name: str) -> object:
+    try:
+        return catalogue.get(name)
+    except (NotFound, ManifestError) as error:
+        return error.message
 
 
 class TestVerifying:
