@@ -12,7 +12,7 @@ the name (`timeout_s`), so those fields have an alias.
 import copy
 import difflib
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -75,6 +75,13 @@ def _empty_list(value: object) -> object:
     return () if value is None else tuple(value) if isinstance(value, list) else value
 
 
+def _weights(value: object) -> object:
+    """Whole numbers are weights too."""
+    if not isinstance(value, dict):
+        return _empty_mapping(value)
+    return {key: float(weight) if type(weight) is int else weight for key, weight in value.items()}
+
+
 def _empty_mapping(value: object) -> object:
     return {} if value is None else value
 
@@ -107,6 +114,7 @@ class EngineOverride(Section):
     slots: Annotated[int, Field(ge=1, le=64)] | None = None
     context_tokens: Annotated[int, Field(ge=256, le=1_048_576)] | None = None
     threads: Threads | None = None
+    pinned: bool = False
 
 
 class Log(Section):
@@ -140,12 +148,24 @@ class Runs(Section):
 
 
 class Scheduling(Section):
-    """Which engines are in memory and what waits for them."""
+    """Which engines are in memory and what waits for them.
 
-    max_resident_engines: int = Field(default=1, ge=1, le=8)
+    `robot_reserve_bytes` and the floors None: by the machine's module (`scheduling.reserve`).
+    """
+
+    robot_reserve_bytes: Size | None = Field(default=None, alias="robot_reserve")
+    memory_budget_bytes: Size | None = Field(default=None, alias="memory_budget")
+    soft_floor_bytes: Size | None = Field(default=None, alias="soft_floor")
+    hard_floor_bytes: Size | None = Field(default=None, alias="hard_floor")
+    max_resident_engines: int = Field(default=8, ge=1, le=8)
+    min_residency_s: Duration = Field(default=10.0, alias="min_residency")
     max_waiting_steps: int = Field(default=256, ge=1, le=100_000)
+    client_weights: Annotated[
+        Mapping[str, Annotated[float, Field(ge=0.01, le=100.0)]], BeforeValidator(_weights)
+    ] = Field(default_factory=dict)
     load_timeout_s: Duration = Field(default=300.0, alias="load_timeout")
     unload_timeout_s: Duration = Field(default=10.0, alias="unload_timeout")
+    memory_back_s: Duration = Field(default=5.0, alias="memory_back")
 
 
 class Worker(Section):
@@ -389,6 +409,7 @@ def _across(config: Config, wrong: set[str]) -> Iterator[FieldViolation]:
         said = f"{format_duration(worker.heartbeat_timeout_s)}, must be above {interval}"
         limit = format_duration(worker.heartbeat_interval_s)
         yield FieldViolation(timeout, f"{said} ({limit})")
+    yield from _floors(config.scheduling, violated)
     room = config.scheduling.max_resident_engines
     limit_key = "scheduling.max_resident_engines"
     if violated(len(config.preload) > room, "preload", limit_key):
@@ -397,6 +418,17 @@ def _across(config: Config, wrong: set[str]) -> Iterator[FieldViolation]:
     for name in dict.fromkeys(config.preload):
         if config.preload.count(name) > 1:
             yield FieldViolation("preload", f"{name!r} is named more than once")
+
+
+def _floors(
+    scheduling: Scheduling, violated: Callable[[bool, str, str], bool]
+) -> Iterator[FieldViolation]:
+    """The hard floor lies below the soft one, where both are given."""
+    soft, hard = scheduling.soft_floor_bytes, scheduling.hard_floor_bytes
+    soft_key, hard_key = "scheduling.soft_floor", "scheduling.hard_floor"
+    if soft is not None and hard is not None and violated(hard >= soft, hard_key, soft_key):
+        said = f"{format_size(hard)}, must be below {soft_key} ({format_size(soft)})"
+        yield FieldViolation(hard_key, said)
 
 
 def _report(source: str, violations: list[FieldViolation], lines: Mapping[str, int]) -> ConfigError:

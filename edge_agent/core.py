@@ -242,6 +242,7 @@ class StepRequest:
     """One model decision to be made.
 
     `answer_only` closes every branch but the answer (the last step that a run may take).
+    `resume_text` is what the model has written already of a free text: it goes on after it.
     """
 
     messages: tuple[Message, ...]
@@ -250,6 +251,7 @@ class StepRequest:
     answer_only: bool = False
     max_output_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    resume_text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,28 +8,32 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
 from edge_agent import __version__, paths
-from edge_agent.api.ports import RequestLimits
 from edge_agent.api.server import ApiServers
-from edge_agent.config import Config, EngineOverride, load_config, needs_restart
+from edge_agent.config import Config, load_config, needs_restart
 from edge_agent.core import DaemonState, DaemonStatus
 from edge_agent.engines.catalogue import Catalogue
-from edge_agent.engines.host import WorkerSettings
-from edge_agent.engines.manifest import Manifest
-from edge_agent.engines.protocol import Options
-from edge_agent.errors import ConfigError, FieldViolation, LoadFailed, ManifestError
+from edge_agent.errors import ConfigError, ManifestError
 from edge_agent.notify import ServiceManager
 from edge_agent.observability import logging
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
-from edge_agent.runs.settings import RunSettings
-from edge_agent.scheduling.scheduler import Scheduler, SchedulerSettings
+from edge_agent.scheduling.footprints import FOOTPRINTS, Footprints
+from edge_agent.scheduling.machine import TelemetryMachine
+from edge_agent.scheduling.quarantine import Quarantine, read_boot_id
+from edge_agent.scheduling.scheduler import Scheduler
+from edge_agent.settings import (
+    context_problem,
+    request_limits,
+    run_settings,
+    scheduler_settings,
+)
 from edge_agent.telemetry.recorder import Recorder
 from edge_agent.telemetry.sampler import Sampler
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
@@ -137,13 +141,21 @@ class Daemon:
         config = file.config
         assert config.engines_dir is not None  # noqa: S101 - load_config fills it in
         self._catalogue = Catalogue(config.engines_dir)
-        self._scheduler = Scheduler(self._catalogue, scheduler_settings(config))
         self._limits = request_limits(config, self._default_engine)
-        latch = HaltLatch(file.locations.state_dir / HALTS)
+        state_dir, sysroot = file.locations.state_dir, config.telemetry.sysroot
+        latch = HaltLatch(state_dir / HALTS)
         self._sampler = Sampler(
-            config.telemetry.sysroot,
+            sysroot,
             interval_s=config.telemetry.interval_s,
             on_snapshot=self._hand_over,
+        )
+        self._machine = TelemetryMachine(self._sampler, sysroot)
+        self._scheduler = Scheduler(
+            self._catalogue,
+            scheduler_settings(config, self._machine.part, self._machine.total_bytes),
+            self._machine,
+            footprints=Footprints(state_dir / FOOTPRINTS, self._machine.device),
+            quarantine=Quarantine(state_dir, read_boot_id(sysroot)),
         )
         self._recorder = Recorder(self.telemetry)
         self._runs = Runs(self._scheduler, latch, run_settings(config), recorder=self._recorder)
@@ -216,7 +228,9 @@ class Daemon:
             changed = self._file.reload()
             config = self._file.config
             logging.set_level(config.log.level)
-            self._scheduler.settings = scheduler_settings(config)
+            self._scheduler.settings = scheduler_settings(
+                config, self._machine.part, self._machine.total_bytes
+            )
             self._runs.settings = run_settings(config)
             self._limits = request_limits(config, self._default_engine)
             log.info("config_reloaded", needs_restart=list(changed))
@@ -254,7 +268,11 @@ class Daemon:
 
     def _hand_over(self, snapshot: TelemetrySnapshot) -> None:
         """From the sampler's thread to this loop."""
-        self._loop.call_soon_threadsafe(self._recorder.observe, snapshot)
+        self._loop.call_soon_threadsafe(self._observe, snapshot)
+
+    def _observe(self, snapshot: TelemetrySnapshot) -> None:
+        self._recorder.observe(snapshot)
+        self._scheduler.observe(self._machine.seen(snapshot))
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -306,86 +324,6 @@ class Daemon:
             return "draining: no new runs"
         reasons = self._degraded_reasons()
         return f"degraded: {reasons[0].splitlines()[0]}" if reasons else "ready: accepting runs"
-
-
-def scheduler_settings(config: Config) -> SchedulerSettings:
-    """What the configuration says about engines and their workers."""
-    worker = config.worker
-
-    def worker_settings(manifest: Manifest) -> WorkerSettings:
-        python = worker.python.get(manifest.backend.name)
-        return WorkerSettings(
-            python=str(python) if python else None,
-            heartbeat_interval_s=worker.heartbeat_interval_s,
-            heartbeat_timeout_s=worker.heartbeat_timeout_s,
-            oom_score_adj=worker.oom_score_adj,
-        )
-
-    def options(manifest: Manifest) -> Options:
-        override = config.engines.get(manifest.name, EngineOverride())
-        if problem := context_problem(config, manifest):
-            raise LoadFailed(
-                f"{problem.field}: {problem.description}",
-                reason="CONTEXT_TOO_LONG",
-                metadata={"engine": manifest.name, "context_tokens": manifest.context_tokens},
-            )
-        return Options(
-            slots=override.slots or manifest.slots,
-            context_tokens=override.context_tokens or manifest.context_tokens,
-            threads=override.threads or worker.threads,
-            prefill_batch_tokens=worker.prefill_batch_tokens,
-            backlog_tokens=worker.backlog_tokens,
-            backlog_s=worker.backlog_age_s,
-        )
-
-    return SchedulerSettings(
-        max_resident_engines=config.scheduling.max_resident_engines,
-        max_waiting_steps=config.scheduling.max_waiting_steps,
-        load_timeout_s=config.scheduling.load_timeout_s,
-        unload_timeout_s=config.scheduling.unload_timeout_s,
-        worker=worker_settings,
-        options=options,
-    )
-
-
-def context_problem(config: Config, manifest: Manifest) -> FieldViolation | None:
-    """What is wrong with the context that the configuration wants of an engine; None if nothing."""
-    wanted = config.engines.get(manifest.name, EngineOverride()).context_tokens
-    if wanted is None or wanted <= manifest.context_tokens:
-        return None
-    return FieldViolation(
-        f"engines.{manifest.name}.context_tokens",
-        f"{wanted}, must be at most {manifest.context_tokens}, as in the engine's manifest",
-    )
-
-
-def run_settings(config: Config) -> RunSettings:
-    """What the configuration says about runs."""
-    runs = config.runs
-    return RunSettings(
-        tool_timeout_s=runs.tool_timeout_s,
-        tool_call_valid_for_s=runs.tool_call_valid_for_s,
-        cancel_confirm_s=runs.cancel_confirm_s,
-        max_active=runs.max_active,
-        retention_s=runs.retention_s,
-        max_retained=runs.max_retained,
-    )
-
-
-def request_limits(config: Config, default_engine: Callable[[], str | None]) -> RequestLimits:
-    """What the configuration lets a request ask for."""
-    runs = config.runs
-    return RequestLimits(
-        default_engine=default_engine,
-        timeout_s=runs.timeout_s,
-        max_timeout_s=runs.max_timeout_s,
-        max_steps=runs.max_steps,
-        max_tool_calls=runs.max_tool_calls,
-        max_request_bytes=runs.max_request_bytes,
-        max_tools=runs.max_tools,
-        max_tool_result_bytes=runs.max_tool_result_bytes,
-        slow_reader_s=runs.slow_reader_s,
-    )
 
 
 def main(

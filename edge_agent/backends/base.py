@@ -119,6 +119,9 @@ class Backend(Protocol):
             StepFailed: the library refused or failed.
         """
 
+    def drop_cache(self) -> None:
+        """Give back the memory of prefix caches that no sequence uses (`memory.cache_bytes`)."""
+
     def close(self) -> None:
         """Let go of the engine and of what it has on disk, for a process that goes on.
 

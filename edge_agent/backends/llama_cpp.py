@@ -184,6 +184,9 @@ class LlamaCpp:
             raise StepFailed(RunError("ENGINE_FAILED", "llama.cpp gave no log-probabilities", True))
         return NextToken(found, cached_tokens)
 
+    def drop_cache(self) -> None:
+        """There is none: prefixes live in the slots' own KV caches, which stay as large."""
+
     def close(self) -> None:
         """Join the native loop. What it leaks goes with the process."""
         self._listener.close()

@@ -80,11 +80,11 @@ class StepDecoder:
             prompt = self._renderer.render(request.messages, request.tools)
         if len(prompt) > self._context_tokens:  # before the heads of many tools take their time
             self._output_budget(len(prompt), request.max_output_tokens)
-        needed = len(prompt) + self._longest_head(request)
+        needed = len(prompt) + self._longest_head(request) + len(self._plain(request.resume_text))
         max_tokens = self._output_budget(needed, request.max_output_tokens)
         step = _Step(self._backend, self._manifest, request, prompt, max_tokens, cancel, on_text)
         if not request.tools:
-            return step.free_answer()
+            return step.free_answer(self._plain(request.resume_text))
         if request.answer_only:
             return step.answer(self._plain(_ANSWER_HEAD))
         if self._manifest.tools.strategy == "schema":
@@ -221,12 +221,12 @@ class _Step:
         if self._cached_tokens is None:
             self._cached_tokens = cached_tokens
 
-    def free_answer(self) -> StepResult:
-        """No tools: text, or JSON of the output schema."""
+    def free_answer(self, resumed: list[int]) -> StepResult:
+        """No tools: text, after what it has written of it already, or JSON of the output schema."""
         schema = self.request.output_schema_json or None
-        text, completion = self._complete([], schema, self._on_text)
+        text, completion = self._complete([] if schema else resumed, schema, self._on_text)
         if schema is None:
-            return self._result(text, (), completion)
+            return self._result(self.request.resume_text + text, (), completion)
         self._require_whole(completion)
         schemas.validate(schema, text)
         return self._result(text, (), completion)
@@ -282,7 +282,7 @@ class _Step:
             self.prompt + head,
             max_tokens=self._max_tokens,
             schema_json=schema_json,
-            lead=_LEAD if head else "",
+            lead=_LEAD if head and schema_json else "",
             sampling=self.request.sampling,
             stop=self._manifest.stop,
             cancel=self.cancel,

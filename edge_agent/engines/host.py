@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ OnProgress = Callable[[float], None]
 
 _BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
 _OUTPUT_LINE_BYTES = 4096
+_OUTPUT_LINES = 50
+"""The last ones of a worker: they tell why it ended."""
 _OURS_ALONE = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "CREDENTIALS_DIRECTORY"}
 """What the service manager gives to the daemon: no worker speaks for it or reads its keys."""
 _LOAD_POLL_S = 0.1
@@ -82,6 +85,7 @@ class EngineHost:
         self._tasks: list[asyncio.Task[None]] = []
         self._heard_s = 0.0
         self._scratch = ""
+        self.output: deque[str] = deque(maxlen=_OUTPUT_LINES)
 
     @property
     def pid(self) -> int:
@@ -92,6 +96,11 @@ class EngineHost:
     def active(self) -> int:
         """Steps in the worker."""
         return len(self._sequences)
+
+    @property
+    def exit_code(self) -> int | None:
+        """How the process ended, negative for a signal; None while it runs."""
+        return self._process.returncode if self._process else None
 
     async def start(
         self, directory: Path, options: protocol.Options, on_progress: OnProgress
@@ -178,6 +187,10 @@ class EngineHost:
         sequence.on_text = _ignore
         if sequence.id in self._sequences:
             self._channel.send(protocol.Cancel(sequence.id))
+
+    def drop_cache(self) -> None:
+        """Ask the worker to give back the memory of idle prefix caches."""
+        self._channel.send(protocol.DropCache())
 
     async def stop(self, timeout_s: float) -> None:
         """End the process; returns once it is gone.
@@ -299,6 +312,7 @@ class EngineHost:
     def _log_output(self, raw: bytes) -> None:
         line = raw.decode(errors="replace").rstrip()
         if line:
+            self.output.append(line)
             log.info("worker_output", engine=self.manifest.name, pid=self.pid, line=line)
 
     async def _watch_load(self) -> None:

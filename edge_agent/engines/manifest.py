@@ -67,10 +67,14 @@ class LayerKind(Strict, frozen=True, kw_only=True):
 
 
 class MemorySpec(Strict, frozen=True, kw_only=True):
-    """Estimates with the manifest's slots and context, in bytes, before anything was measured."""
+    """Estimates with the manifest's slots and context, in bytes, before anything was measured.
+
+    `cache_bytes` of the steady ones are prefix caches that can be given back while it is loaded.
+    """
 
     load_peak_bytes: PositiveInt
     steady_bytes: PositiveInt
+    cache_bytes: NonNegativeInt = 0
 
 
 class Turn(Strict, frozen=True, kw_only=True):
@@ -155,6 +159,8 @@ class Manifest(Strict, frozen=True, kw_only=True):
             )
         if self.memory.load_peak_bytes < self.memory.steady_bytes:
             raise ManifestError("memory.load_peak_bytes: must be at least steady_bytes")
+        if self.memory.cache_bytes >= self.memory.steady_bytes:
+            raise ManifestError("memory.cache_bytes: must be below steady_bytes")
         if self.tools.strategy == "ranked" and not self.tools.neutral_goals:
             raise ManifestError("tools.neutral_goals: the ranked strategy needs at least one")
 

@@ -56,6 +56,10 @@ class Cancel(_Message, frozen=True, tag="cancel"):
     sequence: int
 
 
+class DropCache(_Message, frozen=True, tag="drop_cache"):
+    """Give back the memory of prefix caches that no sequence uses."""
+
+
 class Ping(_Message, frozen=True, tag="ping"):
     """Answered by `Pong` from the worker's main loop."""
 
@@ -128,7 +132,7 @@ class Batch(_Message, frozen=True, tag="batch"):
     failed: tuple[Failed, ...] = ()
 
 
-ToWorker = Load | Generate | Cancel | Ping | Shutdown
+ToWorker = Load | Generate | Cancel | DropCache | Ping | Shutdown
 ToDaemon = Hello | Loading | Ready | Refused | Pong | Batch
 
 _encoder = msgspec.msgpack.Encoder()

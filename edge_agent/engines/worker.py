@@ -45,6 +45,7 @@ class Worker:
         self._pool = ThreadPoolExecutor(options.slots, thread_name_prefix="sequence")
         self._cancels: dict[int, threading.Event] = {}
         self._lock = threading.Lock()
+        self._backend: Backend | None = None
         self._decoder: StepDecoder | None = None
 
     def serve(self, framer: protocol.Framer) -> None:
@@ -72,6 +73,9 @@ class Worker:
                     pending = self._cancels.get(sequence)
                 if pending is not None:
                     pending.set()
+            case protocol.DropCache():
+                if self._backend is not None:
+                    self._backend.drop_cache()
 
     def _write(self) -> None:
         try:
@@ -106,6 +110,7 @@ class Worker:
             text = f"{type(error).__name__}: {error}"
             self._outbox.message(protocol.Refused(RunError("ENGINE_LOAD_FAILED", text)))
             return
+        self._backend = backend
         self._decoder = StepDecoder(backend, load.manifest, options.context_tokens)
         load_s = time.monotonic() - started_s
         self._outbox.message(protocol.Ready(options.slots, load_s, version))

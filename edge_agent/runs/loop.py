@@ -20,6 +20,7 @@ from edge_agent.core import (
     RunState,
     RunTelemetry,
     StepFinished,
+    StepOrigin,
     StepRequest,
     StepResult,
     TextPart,
@@ -51,6 +52,7 @@ class Steps(Protocol):
         self,
         engine: str,
         request: StepRequest,
+        origin: StepOrigin,
         *,
         on_text: Callable[[str, int], None],
         on_state: Callable[[RunState, float | None], None],
@@ -91,6 +93,7 @@ class RunLoop:
         self._open: dict[str, asyncio.Future[ToolResult]] = {}
         self._calls_issued = 0
         self._observed_s = time.monotonic()
+        self._deadline_s: float | None = None
         self._ending: tuple[RunState, RunError] | None = None
         self._task: asyncio.Task[None] | None = None
         self._driving = False
@@ -161,18 +164,20 @@ class RunLoop:
             return
         self._driving = True
         try:
-            async with asyncio.timeout(spec.timeout_s):
+            async with asyncio.timeout(spec.timeout_s) as limit:
+                self._deadline_s = limit.when()
                 answer = await self._run_steps()
         except TimeoutError:
-            message = f"the run did not end within its timeout of {spec.timeout_s:g} s"
-            metadata = {"timeout_s": f"{spec.timeout_s:g}", "state": self.live.state.value}
-            await self._end(RunState.EXPIRED, RunError("RUN_TIMEOUT", message, True, metadata))
+            await self._expire()
         except asyncio.CancelledError:
             if self._ending is None:
                 raise
             await self._end(*self._ending)
         except EdgeAgentError as error:
-            await self._end(RunState.FAILED, error.as_run_error())
+            if error.reason == "DEADLINE_PASSED":  # the scheduler's clock was first to notice
+                await self._expire()
+            else:
+                await self._end(RunState.FAILED, error.as_run_error())
         except Exception:  # an owner's loop: one run fails, the daemon goes on
             log.exception("run_crashed", run=self.live.id)
             message = "internal error; the log has the details"
@@ -209,6 +214,7 @@ class RunLoop:
         return await self._steps.decide(
             spec.engine,
             request,
+            StepOrigin(self.live.run.client, spec.priority, self._deadline_s, self.live.id),
             on_text=lambda text, tokens: self.live.add_text(step, text, tokens),
             on_state=self.live.move_to,
         )
@@ -309,6 +315,12 @@ class RunLoop:
                 self.live.emit(CancelTool(call_id, error))
 
     # --- the end ---
+
+    async def _expire(self) -> None:
+        timeout_s = self.live.spec.timeout_s
+        message = f"the run did not end within its timeout of {timeout_s:g} s"
+        metadata = {"timeout_s": f"{timeout_s:g}", "state": self.live.state.value}
+        await self._end(RunState.EXPIRED, RunError("RUN_TIMEOUT", message, True, metadata))
 
     async def _end(self, state: RunState, error: RunError) -> None:
         """End otherwise than by an answer, after open calls have confirmed or have not."""

@@ -22,6 +22,9 @@ from edge_agent.scheduling.queue import Key, StepQueue
 from edge_agent.scheduling.residents import Leak, Resident
 from edge_agent.scheduling.values import EngineFacts, Memory, QueuedStep, Rules
 
+_HORIZON_S = 60.0
+"""An engine that is wanted again within this time should not have gone."""
+
 
 class WaitReason(enum.StrEnum):
     """Why a step waits."""
@@ -214,9 +217,8 @@ def _serves_sooner(scene: Scene, name: str, key: Key) -> bool:
 
 def _candidate(scene: Scene, resident: Resident, now_s: float) -> Candidate:
     """Expected cost: the chance that it is wanted again soon x what bringing it back takes."""
-    horizon_s = resident.min_residency_s(scene.rules)
     demand = scene.demands.get(resident.name)
-    reuse = demand.reuse(now_s, horizon_s) if demand else 0.0
+    reuse = demand.reuse(now_s, _HORIZON_S) if demand else 0.0
     if resident.running or scene.queue.count(resident.name):
         reuse = 1.0
     cost = reuse * resident.facts.load_s * resident.facts.weight

@@ -115,6 +115,11 @@ class Planner:
         self._room.second_attempts.discard(engine)
         return self.state.refuse_all(engine, error)
 
+    def lost(self, engine: str) -> None:
+        """The engine's process has ended by itself; it takes no more steps."""
+        resident = self.state.residents[engine]
+        resident.state, resident.why = EngineState.STOPPING, "LOST"
+
     def gone(self, engine: str) -> None:
         """The engine's process has ended; steps that it had not finished wait again."""
         resident = self.state.residents.pop(engine)

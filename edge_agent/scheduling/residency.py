@@ -1,25 +1,274 @@
-"""Which loaded engine makes room for another. Pure."""
+"""The processes of resident engines: begins loads and unloads, follows them, reports their ends.
 
-from collections.abc import Iterable
+Carries out what the planner has decided, and tells it what came of it; one engine moves at a time.
+Remembers of each engine how long its last load took and why it failed.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from edge_agent.core import EngineInfo, EngineState, RunError, WorkerInfo
+from edge_agent.engines import manifest as manifests
+from edge_agent.engines.catalogue import Catalogue
+from edge_agent.engines.host import EngineHost
+from edge_agent.engines.manifest import Manifest
+from edge_agent.errors import LoadFailed, WorkerError
+from edge_agent.scheduling.failures import Failure, out_of_memory
+from edge_agent.scheduling.loading import Loader, LoadingSettings, LoadTrouble
+from edge_agent.scheduling.planner import Planner
+from edge_agent.scheduling.values import Refuse
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class _Hosted:
+    """A resident engine's process, and how far its load has come."""
+
+    host: EngineHost
+    progress: float | None = None
+    ready: bool = False
+    loading: "asyncio.Task[None] | None" = None
+    unloading: "asyncio.Future[None] | None" = None
+
+
+@dataclass(slots=True)
+class _History:
+    """What is remembered of an engine's last load."""
+
+    load_s: float | None = None
+    error: RunError | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Resident:
-    """A loaded engine, as the choice sees it; `last_used_s` on the monotonic clock."""
+class Reports:
+    """Who is told what.
 
-    name: str
-    busy_steps: int
-    last_used_s: float
-
-
-def choose_victim(residents: Iterable[Resident], maximum: int) -> str | None:
-    """The engine to unload before another is loaded; None while there is room.
-
-    An idle engine goes before a busy one, which is drained and never killed; among equals the one
-    that was used longest ago.
+    `progressed` of a load, `refused` for each step that a failed load has ended, and `changed`
+    whenever the planner has something to decide.
     """
-    loaded = list(residents)
-    if len(loaded) < maximum:
-        return None
-    return min(loaded, key=lambda each: (each.busy_steps > 0, each.last_used_s, each.name)).name
+
+    progressed: Callable[[str, float], None]
+    refused: Callable[[Refuse], None]
+    changed: Callable[[], None]
+
+
+class Residency:
+    """The engines that have a process. All methods on the daemon's loop."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        planner: Planner,
+        loader: Loader,
+        settings: Callable[[], LoadingSettings],
+        reports: Reports,
+    ) -> None:
+        """None has one."""
+        self._catalogue = catalogue
+        self._planner = planner
+        self._loader = loader
+        self._settings = settings
+        self._reports = reports
+        self._hosted: dict[str, _Hosted] = {}
+        self._histories: dict[str, _History] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    def __len__(self) -> int:
+        return len(self._hosted)
+
+    def host(self, name: str) -> EngineHost:
+        """The process of a resident engine."""
+        return self._hosted[name].host
+
+    def load_s(self, name: str) -> float | None:
+        """How long its last load took; None when it was never loaded."""
+        history = self._histories.get(name)
+        return history.load_s if history else None
+
+    def info(self, manifest: Manifest) -> EngineInfo:
+        """An installed engine as it is now."""
+        name, state = manifest.name, self._state(manifest.name)
+        hosted = self._hosted.get(name)
+        history = self._histories.get(name, _History())
+        return EngineInfo(
+            name=name,
+            digest=manifests.digest(manifest),
+            backend=manifest.backend.name,
+            state=state,
+            context_tokens=(hosted.host if hosted else manifest).context_tokens,
+            max_output_tokens=manifest.max_output_tokens,
+            load_peak_bytes=manifest.memory.load_peak_bytes,
+            steady_bytes=manifest.memory.steady_bytes,
+            capabilities=manifest.capabilities,
+            licence=manifest.licence,
+            worker=self._worker(name, hosted.host) if hosted else None,
+            error=None if state is EngineState.READY else history.error,
+            load_progress=hosted.progress if hosted and state is EngineState.LOADING else None,
+        )
+
+    def failed(self, name: str, error: LoadFailed) -> None:
+        """Remember why an engine can't be loaded, where that is known without trying."""
+        self._histories.setdefault(name, _History()).error = error.as_run_error()
+
+    def begin_load(self, name: str, attempt: int) -> None:
+        """Start an engine's process and load it."""
+        manifest = self._catalogue.get(name)
+        hosted = _Hosted(self._loader.new_host(manifest, self._settings()))
+        self._hosted[name] = hosted
+        self._histories.setdefault(name, _History()).error = None
+        hosted.loading = self._spawn(self._load(name, hosted, attempt))
+
+    def begin_unload(self, name: str) -> None:
+        """End an engine's process."""
+        hosted = self._hosted[name]
+        hosted.unloading = asyncio.get_running_loop().create_future()
+        self._spawn(self._unload(name, hosted, hosted.unloading))
+
+    async def unloaded(self, name: str) -> None:
+        """Wait until an engine that is on its way out is gone."""
+        hosted = self._hosted.get(name)
+        if hosted is not None and hosted.unloading is not None:
+            await asyncio.shield(hosted.unloading)
+
+    def kill(self, name: str) -> None:
+        """End an engine's process at once, whatever it does."""
+        hosted = self._hosted[name]
+        log.error("engine_killed", engine=name, why="HARD_FLOOR", pid=hosted.host.pid)
+        hosted.host.kill()
+        if hosted.ready:
+            self.begin_unload(name)
+        elif hosted.loading is not None:
+            hosted.loading.cancel()
+
+    async def stop(self) -> None:
+        """End every process, busy or not."""
+        self._stopping = True
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        timeout_s = self._settings().unload_timeout_s
+        stops = [each.host.stop(timeout_s) for each in self._hosted.values()]
+        for outcome in await asyncio.gather(*stops, return_exceptions=True):
+            if isinstance(outcome, WorkerError):
+                log.error("engine_unload_unproven", reason=outcome.reason, error=str(outcome))
+        self._hosted.clear()
+
+    async def _load(self, name: str, hosted: _Hosted, attempt: int) -> None:
+        if attempt > 1:
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(self._loader.drop_page_cache, hosted.host.manifest)
+        try:
+            held_bytes = await self._loader.load(
+                hosted.host, self._settings(), lambda fraction: self._progressed(name, fraction)
+            )
+        except LoadTrouble as trouble:
+            self._load_failed(name, attempt, trouble)
+        except asyncio.CancelledError:
+            if self._stopping:
+                raise
+            self._load_failed(name, attempt, _killed(name))
+        else:
+            self._loaded(name, hosted, held_bytes)
+        self._reports.changed()
+
+    def _loaded(self, name: str, hosted: _Hosted, held_bytes: int) -> None:
+        host = hosted.host
+        hosted.ready, hosted.progress = True, None
+        self._histories[name].load_s = host.load_s
+        now_s = asyncio.get_running_loop().time()
+        self._planner.loaded(name, host.slots, held_bytes, now_s)
+        host.lost.add_done_callback(lambda lost: self._lost(name, hosted, lost.result()))
+        log.info(
+            "engine_loaded",
+            engine=name,
+            pid=host.pid,
+            load_s=host.load_s,
+            slots=host.slots,
+            held_bytes=held_bytes,
+            backend_version=host.backend_version,
+        )
+
+    def _load_failed(self, name: str, attempt: int, trouble: LoadTrouble) -> None:
+        del self._hosted[name]
+        error, failure = trouble.error, trouble.failure
+        retry = failure is not Failure.OTHER
+        again = retry and attempt == 1
+        if retry and not again:
+            needed = self._planner.state.residents[name].committed_bytes
+            available = self._planner.state.machine.memory.available_bytes
+            error = out_of_memory(name, failure, needed, available, error.message)
+        log.error(
+            "engine_load_failed",
+            engine=name,
+            reason=error.reason,
+            error=str(error),
+            attempt=attempt,
+            again=again,
+        )
+        if not again:
+            self._histories[name].error = error.as_run_error()
+        for refused in self._planner.load_failed(name, error, retry=retry):
+            self._reports.refused(refused)
+
+    def _progressed(self, name: str, fraction: float) -> None:
+        hosted = self._hosted.get(name)
+        if hosted is not None and fraction > (hosted.progress or 0.0):
+            hosted.progress = fraction
+            self._reports.progressed(name, fraction)
+
+    async def _unload(self, name: str, hosted: _Hosted, ended: "asyncio.Future[None]") -> None:
+        held = self._planner.state.residents[name].held_bytes
+        missing = await self._loader.unload(hosted.host, held, self._settings())
+        del self._hosted[name]
+        if missing:
+            self._planner.leaked(name, missing)
+            log.error("engine_memory_leaked", engine=name, missing_bytes=missing)
+        else:
+            self._planner.gone(name)
+            log.info("engine_unloaded", engine=name)
+        ended.set_result(None)
+        self._reports.changed()
+
+    def _lost(self, name: str, hosted: _Hosted, error: WorkerError) -> None:
+        """A worker ended by itself; its steps have failed already."""
+        if self._stopping or hosted.unloading is not None:
+            return
+        log.error("worker_lost", engine=name, pid=hosted.host.pid, reason=error.reason)
+        self._histories[name].error = error.as_run_error()
+        self._planner.lost(name)
+        self.begin_unload(name)
+        self._reports.changed()
+
+    def _state(self, name: str) -> EngineState:
+        resident = self._planner.state.residents.get(name)
+        if resident is not None:
+            return resident.state
+        if name in self._planner.state.leaks:
+            return EngineState.LEAKED
+        failed = self._histories.get(name, _History()).error is not None
+        return EngineState.FAILED if failed else EngineState.INSTALLED
+
+    def _worker(self, name: str, host: EngineHost) -> WorkerInfo:
+        resident = self._planner.state.residents.get(name)
+        active = len(resident.running) if resident else 0
+        waiting = self._planner.state.queue.count(name)
+        return WorkerInfo(host.pid, host.slots, active, waiting, host.load_s)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+def _killed(name: str) -> LoadTrouble:
+    message = f"engine {name}: memory fell below the hard floor while it was loaded"
+    error = LoadFailed(message, reason="OUT_OF_MEMORY", metadata={"engine": name})
+    return LoadTrouble(error, Failure.MEMORY)

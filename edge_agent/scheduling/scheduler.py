@@ -1,76 +1,140 @@
-"""The one owner of what is in memory: loads engines for the steps that need them.
+"""The one owner of what is in memory and of the order of steps.
 
-Engines change one at a time, in the order in which steps asked. A step holds its place until the
-worker has let go of it, so that a cancelled step never frees it too early. Runs on the daemon's
-loop; nothing here blocks it.
+Feeds the planner with what happens and carries out what it decides. Between reading the planner's
+state and acting on it nothing is awaited; whatever takes time runs beside and reports back. Runs on
+the daemon's loop, whose clock is the only one, and never blocks it.
 """
 
 import asyncio
-import contextlib
-import dataclasses
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+import itertools
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
-from edge_agent.core import EngineInfo, EngineState, RunError, RunState, StepRequest, StepResult
-from edge_agent.engines import manifest as manifests
+from edge_agent.core import (
+    EngineInfo,
+    EngineState,
+    Priority,
+    RunState,
+    StepOrigin,
+    StepRequest,
+    StepResult,
+)
 from edge_agent.engines.catalogue import Catalogue
-from edge_agent.engines.host import EngineHost, OnText, Sequence, WorkerSettings
+from edge_agent.engines.host import EngineHost, OnText
 from edge_agent.engines.manifest import Manifest
 from edge_agent.engines.protocol import Options
-from edge_agent.errors import (
-    EdgeAgentError,
-    FailedPrecondition,
-    LoadFailed,
-    Overloaded,
-    WorkerError,
+from edge_agent.errors import EdgeAgentError, LoadFailed, StepFailed, Unavailable, WorkerError
+from edge_agent.scheduling.footprints import Footprints
+from edge_agent.scheduling.loading import Loader, LoadingSettings, NewHost
+from edge_agent.scheduling.machine import Machine
+from edge_agent.scheduling.pending import OnState, PendingStep, queued_step, served
+from edge_agent.scheduling.planner import Planner
+from edge_agent.scheduling.quarantine import Quarantine
+from edge_agent.scheduling.residency import Reports, Residency
+from edge_agent.scheduling.residents import Resident
+from edge_agent.scheduling.values import (
+    Action,
+    DropCache,
+    EngineFacts,
+    Kill,
+    Load,
+    MachineView,
+    Preempt,
+    QueuedStep,
+    Ready,
+    Refuse,
+    Rules,
+    Start,
+    Unload,
 )
-from edge_agent.scheduling.loaded import LoadedEngine
-from edge_agent.scheduling.residency import Resident, choose_victim
 from edge_agent.wakeup import Wakeup
 
-OnState = Callable[[RunState, float | None], None]
-
-_RETRY_AFTER_S = 1.0
+_DEFAULT_LOAD_S = 5.0
+"""Of an engine that was never loaded here."""
+_DAEMON = "edge-agent"
+"""The client of what the daemon itself wants."""
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
-    """From the configuration; replaced as a whole on reload."""
+    """From the configuration; replaced as a whole on reload. `pinned`: never evicted."""
 
-    max_resident_engines: int
-    max_waiting_steps: int
-    load_timeout_s: float
-    unload_timeout_s: float
-    worker: Callable[[Manifest], WorkerSettings]
-    options: Callable[[Manifest], Options]
+    rules: Rules
+    loading: LoadingSettings
+    pinned: frozenset[str] = frozenset()
 
 
 class Scheduler:
     """Loads, unloads, and decides steps. All methods on the daemon's loop."""
 
-    def __init__(self, catalogue: Catalogue, settings: SchedulerSettings) -> None:
-        """Nothing is loaded yet."""
-        self.settings = settings
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        settings: SchedulerSettings,
+        machine: Machine,
+        *,
+        footprints: Footprints | None = None,
+        quarantine: Quarantine | None = None,
+        new_host: NewHost = EngineHost,
+    ) -> None:
+        """Nothing is loaded yet. Without `footprints` and `quarantine` nothing is remembered."""
+        self._settings = settings
         self._catalogue = catalogue
-        self._loaded: dict[str, LoadedEngine] = {}
-        self._failures: dict[str, RunError] = {}
-        self._loads: dict[str, asyncio.Task[LoadedEngine]] = {}
-        self._load_observers: dict[str, set[OnState]] = {}
-        self._transition = asyncio.Lock()
-        self._waiting_steps = 0
+        self._footprints = footprints or Footprints(None, "")
+        self._quarantine = quarantine or Quarantine(None, "")
+        self._observed = Wakeup()
+        loader = Loader(
+            catalogue, machine, self._footprints, self._quarantine, self._observed, new_host
+        )
+        self._planner = Planner(settings.rules, machine.view())
+        self._planner.state.pins.update(settings.pinned)
+        self._residency = Residency(
+            catalogue,
+            self._planner,
+            loader,
+            lambda: self._settings.loading,
+            Reports(self._progressed, self._carry_out, self._turn),
+        )
+        self._pending: dict[int, PendingStep] = {}
+        self._ids = itertools.count(1)
         self._changed = Wakeup()
         self._background: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._deciding = False
+        self._stopping = False
+
+    @property
+    def settings(self) -> SchedulerSettings:
+        """What is in force."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: SchedulerSettings) -> None:
+        self._settings = settings
+        self._planner.state.rules = settings.rules
+        self._planner.state.pins = set(settings.pinned)
+        self._turn()
+
+    @property
+    def planner(self) -> Planner:
+        """What is decided from; to be read only."""
+        return self._planner
 
     # --- steps ---
 
     async def decide(
-        self, engine: str, request: StepRequest, *, on_text: OnText, on_state: OnState
+        self,
+        engine: str,
+        request: StepRequest,
+        origin: StepOrigin,
+        *,
+        on_text: OnText,
+        on_state: OnState,
     ) -> StepResult:
         """Decide one step: wait for the engine and a place in it, then for the worker.
 
@@ -79,69 +143,79 @@ class Scheduler:
         Args:
             engine: an installed engine's name.
             request: what is to be decided.
+            origin: whose step it is, how urgent, and by when.
             on_text: told each piece of the answer and its number of tokens.
-            on_state: told LOADING (with progress), QUEUED and RUNNING as they come.
+            on_state: told QUEUED, LOADING (with progress) and RUNNING as they come.
 
         Raises:
-            NotFound, LoadFailed, WorkerError, StepFailed, Overloaded: as they say.
+            NotFound, LoadFailed, WorkerError, StepFailed, Overloaded, DeadlineExceeded: as they
+                say.
         """
-        asked_s = time.monotonic()
-        loaded, load_s = await self._acquire(engine, on_state)
-        waited_s = time.monotonic() - asked_s
-        on_state(RunState.RUNNING, None)
-        sequence = self._begin(loaded, request, on_text)
+        manifest, options = self._know(engine)
+        step = queued_step(
+            next(self._ids),
+            engine,
+            request,
+            origin,
+            self._now_s(),
+            context_tokens=options.context_tokens,
+            max_output_tokens=manifest.max_output_tokens,
+        )
+        result = await self._wait_for(PendingStep(step, request, on_text, on_state))
+        assert result is not None  # noqa: S101 - only steps that load end without one
+        return result
+
+    async def load(self, name: str) -> EngineInfo:
+        """Load an engine, or wait for whoever does.
+
+        Raises:
+            NotFound, LoadFailed, DeadlineExceeded: as they say.
+        """
+        self._know(name)
+        now_s = self._now_s()
+        step = QueuedStep(
+            id=next(self._ids),
+            engine=name,
+            client=_DAEMON,
+            priority=Priority.NORMAL,
+            asked_s=now_s,
+            need_tokens=0,
+            deadline_s=now_s + 2 * self._settings.loading.load_timeout_s,
+            load_only=True,
+        )
+        await self._wait_for(PendingStep(step, StepRequest(()), _ignore_text, _ignore_state))
+        return self.engine(name)
+
+    async def _wait_for(self, pending: PendingStep) -> StepResult | None:
+        if self._stopping:
+            raise Unavailable("the daemon is stopping")
+        step = pending.step
+        self._pending[step.id] = pending
         try:
-            result = await asyncio.shield(sequence.ended)
+            self._planner.submit(step, self._now_s())
+            self._turn()
+            return await asyncio.shield(pending.done)
         except asyncio.CancelledError:
-            loaded.host.cancel(sequence)
+            self._abandon(pending)
             raise
-        usage = dataclasses.replace(result.usage, queue_s=waited_s - load_s, load_s=load_s)
-        return dataclasses.replace(result, usage=usage)
-
-    def _begin(self, loaded: LoadedEngine, request: StepRequest, on_text: OnText) -> Sequence:
-        try:
-            sequence = loaded.host.decide(request, on_text)
-        except BaseException:
-            loaded.give_place()
-            raise
-
-        def let_go(ended: "asyncio.Future[StepResult]") -> None:
-            ended.exception()  # retrieved here too: nobody may wait for it any more
-            loaded.give_place()
-
-        sequence.ended.add_done_callback(let_go)
-        return sequence
-
-    async def _acquire(self, name: str, on_state: OnState) -> tuple[LoadedEngine, float]:
-        """A place in the loaded engine, and how long loading took of the wait."""
-        limit = self.settings.max_waiting_steps
-        if self._waiting_steps >= limit:
-            raise Overloaded(
-                f"{self._waiting_steps} steps wait already, at most {limit}",
-                metadata={"waiting_steps": self._waiting_steps, "limit": limit},
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        load_s = 0.0
-        self._waiting_steps += 1
-        try:
-            while True:
-                loaded = self._loaded.get(name)
-                if loaded is None or loaded.state is not EngineState.READY:
-                    began_s = time.monotonic()
-                    loaded = await self._ensure_loaded(name, on_state)
-                    load_s += time.monotonic() - began_s
-                if loaded.active >= loaded.host.slots:
-                    on_state(RunState.QUEUED, None)
-                if await loaded.take_place():
-                    return loaded, load_s
         finally:
-            self._waiting_steps -= 1
+            if pending.sequence is None:
+                self._pending.pop(step.id, None)
+
+    def _abandon(self, pending: PendingStep) -> None:
+        """Nobody waits for it any more."""
+        pending.abandoned = True
+        pending.done.cancel()
+        if self._planner.withdraw(pending.step.id):
+            self._turn()
+        elif pending.sequence is not None:
+            self._residency.host(pending.step.engine).cancel(pending.sequence)
 
     # --- engines ---
 
     def engines(self) -> tuple[EngineInfo, ...]:
         """All installed engines, by name."""
-        return tuple(self._info(manifest) for manifest in self._catalogue.list())
+        return tuple(self._residency.info(manifest) for manifest in self._catalogue.list())
 
     def engine(self, name: str) -> EngineInfo:
         """One installed engine.
@@ -149,36 +223,44 @@ class Scheduler:
         Raises:
             NotFound: not installed.
         """
-        return self._info(self._catalogue.get(name))
-
-    async def load(self, name: str) -> EngineInfo:
-        """Load an engine, or wait for whoever does.
-
-        Raises:
-            NotFound, LoadFailed: as they say.
-        """
-        await self._ensure_loaded(name, lambda _state, _progress: None)
-        return self.engine(name)
+        return self._residency.info(self._catalogue.get(name))
 
     async def unload(self, name: str) -> EngineInfo:
         """Unload an idle engine; returns once its process is gone.
 
         Raises:
             NotFound: not installed.
-            FailedPrecondition: reason ENGINE_BUSY, steps use it.
-            WorkerError: reason UNLOAD_UNPROVEN.
+            FailedPrecondition: reason ENGINE_BUSY, steps use it or wait for it.
         """
         self._catalogue.get(name)
-        async with self._transition:
-            loaded = self._loaded.get(name)
-            if loaded is not None:
-                if loaded.active or loaded.waiting:
-                    raise FailedPrecondition(
-                        f"engine {name}: {loaded.active} steps use it",
-                        reason="ENGINE_BUSY",
-                        metadata={"engine": name, "active_steps": loaded.active},
-                    )
-                await self._unload(name, loaded)
+        if self._planner.unload(name):
+            self._residency.begin_unload(name)
+        await self._residency.unloaded(name)
+        return self.engine(name)
+
+    def pin(self, name: str, *, pinned: bool) -> EngineInfo:
+        """Keep an engine in memory whatever else is asked for, until it is unpinned or a reload.
+
+        Raises:
+            NotFound: not installed.
+        """
+        self._catalogue.get(name)
+        pins = self._planner.state.pins
+        (pins.add if pinned else pins.discard)(name)
+        self._turn()
+        return self.engine(name)
+
+    def release(self, name: str) -> EngineInfo:
+        """Forget what is held against an engine: boots that ended in its load, a leak.
+
+        Raises:
+            NotFound: not installed.
+            OSError: it could not be written.
+        """
+        manifest = self._catalogue.get(name)
+        self._quarantine.release(manifest)
+        self._planner.release(name)
+        self._turn()
         return self.engine(name)
 
     async def watch(self) -> AsyncIterator[EngineInfo]:
@@ -194,7 +276,7 @@ class Scheduler:
 
     def loaded_count(self) -> int:
         """Engines that have a process, on its way in or out included."""
-        return len(self._loaded)
+        return len(self._residency)
 
     def preload(self, names: tuple[str, ...]) -> None:
         """Load these in the background; failures are logged and on the engine."""
@@ -210,185 +292,209 @@ class Scheduler:
         for name in names:
             self._spawn(load(name))
 
+    def observe(self, view: MachineView) -> None:
+        """Telemetry has a new view of the machine."""
+        before = self._planner.state.level
+        self._planner.observe(view)
+        self._observed.notify()
+        level = self._planner.state.level
+        if level is not before:
+            available = view.memory.available_bytes
+            log.warning("memory_pressure", level=level.name, available_bytes=available)
+        self._turn()
+
     async def stop(self) -> None:
         """Unload everything, busy or not."""
-        for task in (*self._loads.values(), *self._background):
+        self._stopping = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._background:
             task.cancel()
-        await asyncio.gather(*self._loads.values(), *self._background, return_exceptions=True)
-        for loaded in self._loaded.values():
-            loaded.become(EngineState.STOPPING)  # so that its end is not taken for a loss
-        stops = [each.host.stop(self.settings.unload_timeout_s) for each in self._loaded.values()]
-        for outcome in await asyncio.gather(*stops, return_exceptions=True):
-            if isinstance(outcome, WorkerError):
-                log.error("engine_unload_unproven", reason=outcome.reason, error=str(outcome))
-        self._loaded.clear()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._residency.stop()
+        for pending in list(self._pending.values()):
+            self._fail(pending, WorkerError("the daemon stops", reason="ENGINE_UNLOADED"))
+        self._pending.clear()
 
-    # --- loading ---
+    # --- the loop: decide, carry out, come back when time alone changes something ---
 
-    async def _ensure_loaded(self, name: str, on_state: OnState) -> LoadedEngine:
-        task = self._loads.get(name)
-        if task is None:
-            task = self._loads[name] = asyncio.create_task(self._load(name))
-            task.add_done_callback(lambda done: self._load_ended(name, done))
-        on_state(RunState.LOADING, None)
-        observers = self._load_observers.setdefault(name, set())
-        observers.add(on_state)
-        try:
-            return await asyncio.shield(task)
-        finally:
-            observers.discard(on_state)
-            if not observers:
-                self._load_observers.pop(name, None)
-            if name in self._loaded:
-                self._loaded[name].arrived(on_state)
-
-    def _load_ended(self, name: str, task: "asyncio.Task[LoadedEngine]") -> None:
-        del self._loads[name]
-        if not task.cancelled():
-            task.exception()  # retrieved here too: whoever asked may be gone
-
-    async def _load(self, name: str) -> LoadedEngine:
-        async with self._transition:
-            loaded = self._loaded.get(name)
-            if loaded is not None and loaded.state is EngineState.READY:
-                loaded.arriving.update(self._load_observers.get(name, ()))
-                return loaded
-            manifest = self._catalogue.get(name)
-            self._check_files(name)
-            if loaded is not None:  # lost, or not proven to be gone
-                await self._unload(name, loaded)
-            await self._make_room()
-            return await self._start(manifest)
-
-    def _check_files(self, name: str) -> None:
-        """Sizes only: reading the files is `engines verify`'s."""
-        violations = self._catalogue.quick_check(name)
-        if violations:
-            wrong = "; ".join(f"{each.field}: {each.description}" for each in violations)
-            error = LoadFailed(
-                f"engine {name}: {wrong}; install it again",
-                reason="ENGINE_FILES_WRONG",
-                metadata={"engine": name, "files": wrong},
-            )
-            self._failures[name] = error.as_run_error()
-            self._changed.notify()
-            raise error
-
-    async def _make_room(self) -> None:
-        while True:
-            residents = [
-                Resident(name, each.active + each.waiting, each.last_used_s)
-                for name, each in self._loaded.items()
-            ]
-            victim = choose_victim(residents, self.settings.max_resident_engines)
-            if victim is None:
-                return
-            await self._unload(victim, self._loaded[victim])
-
-    async def _start(self, manifest: Manifest) -> LoadedEngine:
-        name, settings = manifest.name, self.settings
-        self._failures.pop(name, None)
-        host = EngineHost(manifest, settings.worker(manifest))
-        loaded = self._loaded[name] = LoadedEngine(host, self._changed.notify)
-        self._changed.notify()
-
-        def progressed(fraction: float) -> None:
-            # The backend and the file counter report independently; it never goes back.
-            if fraction <= (loaded.progress or 0.0):
-                return
-            loaded.progress = fraction
-            for observer in tuple(self._load_observers.get(name, ())):
-                observer(RunState.LOADING, fraction)
-            self._changed.notify()
-
-        directory = self._catalogue.directory(name)
-        try:
-            async with asyncio.timeout(settings.load_timeout_s):
-                await host.start(directory, settings.options(manifest), progressed)
-        except TimeoutError:
-            message = f"engine {name} was not loaded within {settings.load_timeout_s:g} s"
-            await self._load_failed(name, loaded, LoadFailed(message, reason="LOAD_TIMEOUT"))
-        except LoadFailed as error:
-            await self._load_failed(name, loaded, error)
-        except asyncio.CancelledError:
-            await asyncio.shield(host.stop(settings.unload_timeout_s))
-            raise
-        loaded.arriving.update(self._load_observers.get(name, ()))
-        loaded.become(EngineState.READY)
-        host.lost.add_done_callback(lambda lost: self._lost(name, loaded, lost.result()))
-        log.info(
-            "engine_loaded",
-            engine=name,
-            pid=host.pid,
-            load_s=host.load_s,
-            slots=host.slots,
-            backend_version=host.backend_version,
-        )
-        return loaded
-
-    async def _load_failed(self, name: str, loaded: LoadedEngine, error: LoadFailed) -> None:
-        log.error("engine_load_failed", engine=name, reason=error.reason, error=str(error))
-        await self._bury(name, loaded, error)
-        raise error
-
-    async def _unload(self, name: str, loaded: LoadedEngine) -> None:
-        """Drain, end the process, and prove that it is gone. Holds the transition lock."""
-        await loaded.all_arrived()
-        if loaded.state is EngineState.READY:
-            loaded.become(EngineState.DRAINING)
-            await loaded.drained()
-        if loaded.state is EngineState.DRAINING:
-            loaded.become(EngineState.STOPPING)
-        try:
-            await loaded.host.stop(self.settings.unload_timeout_s)
-        except WorkerError as error:
-            loaded.become(EngineState.FAILED, error.as_run_error())
-            log.error("engine_unload_unproven", engine=name, reason=error.reason, error=str(error))
-            raise
-        if self._loaded.get(name) is loaded:
-            del self._loaded[name]
-        self._changed.notify()
-        log.info("engine_unloaded", engine=name)
-
-    def _lost(self, name: str, loaded: LoadedEngine, error: WorkerError) -> None:
-        """A worker ended by itself; its steps have failed already."""
-        if loaded.state not in {EngineState.READY, EngineState.DRAINING}:
+    def _turn(self) -> None:
+        if self._deciding or self._stopping:
             return
-        log.error("worker_lost", engine=name, pid=loaded.host.pid, reason=error.reason)
-        self._spawn(self._bury(name, loaded, error))
+        self._deciding = True
+        try:
+            while actions := self._planner.decide(self._now_s()):
+                for action in actions:
+                    self._carry_out(action)
+        finally:
+            self._deciding = False
+        self._tell_waiting()
+        self._set_timer()
+        self._changed.notify()
 
-    async def _bury(self, name: str, loaded: LoadedEngine, error: WorkerError) -> None:
-        """Remember why the engine failed, and take it out once its process is proven gone."""
-        self._failures[name] = error.as_run_error()
-        loaded.become(EngineState.FAILED, error.as_run_error())
-        with contextlib.suppress(WorkerError):  # tried again, and reported, at the next load
-            await loaded.host.stop(self.settings.unload_timeout_s)
-            if self._loaded.get(name) is loaded:
-                del self._loaded[name]
-            self._changed.notify()
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        wake_s = self._planner.wake_s()
+        loop = asyncio.get_running_loop()
+        self._timer = None if wake_s is None else loop.call_at(wake_s, self._turn)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Start(step=step):
+                self._start(self._pending[step.id])
+            case Ready(step=step):
+                self._finish(self._pending[step.id], None)
+            case Refuse(step=step, error=error):
+                self._fail(self._pending[step.id], error)
+            case Preempt(step=step, by=by):
+                self._preempt(self._pending[step.id], by)
+            case Load(engine=name, attempt=attempt):
+                self._residency.begin_load(name, attempt)
+            case Unload(engine=name, why=why):
+                log.info("engine_evicted", engine=name, why=why)
+                self._residency.begin_unload(name)
+            case Kill(engine=name):
+                self._kill(name)
+            case DropCache(engine=name):
+                self._residency.host(name).drop_cache()
+
+    def _tell_waiting(self) -> None:
+        residents = self._planner.state.residents
+        for step in self._planner.state.queue.waiting():
+            resident = residents.get(step.engine)
+            pending = self._pending[step.id]
+            if resident is None or resident.state is not EngineState.LOADING:
+                pending.tell(RunState.QUEUED)
+            elif pending.state is not RunState.LOADING:
+                pending.tell(RunState.LOADING)
+
+    # --- a step in its worker ---
+
+    def _start(self, pending: PendingStep) -> None:
+        step, now_s = pending.step, self._now_s()
+        resident = self._planner.state.residents[step.engine]
+        pending.started_s = now_s
+        pending.load_s += _overlap_s(step.asked_s, resident)
+        try:
+            pending.sequence = self._residency.host(step.engine).decide(
+                pending.next_request(), lambda text, tokens: self._took_text(pending, text, tokens)
+            )
+        except (EdgeAgentError, ValueError) as error:  # the process is gone, or no frame holds it
+            self._planner.ended(step, now_s, None)
+            self._fail(pending, error)
+            return
+        pending.tell(RunState.RUNNING)
+        sequence = pending.sequence
+        sequence.ended.add_done_callback(lambda ended: self._let_go(pending, ended))
+
+    def _took_text(self, pending: PendingStep, text: str, tokens: int) -> None:
+        self._planner.first_token(pending.step)
+        pending.take_text(text, tokens)
+
+    def _preempt(self, pending: PendingStep, by: QueuedStep) -> None:
+        if pending.sequence is None or not pending.may_stop:
+            return
+        pending.stopping = True
+        log.info("step_preempted", run=pending.step.run_id, by_run=by.run_id, by_client=by.client)
+        self._residency.host(pending.step.engine).cancel(pending.sequence)
+
+    def _let_go(self, pending: PendingStep, ended: "asyncio.Future[StepResult]") -> None:
+        """The worker is done with a step, well or not."""
+        step, now_s, error = pending.step, self._now_s(), ended.exception()
+        if pending.abandoned:
+            self._pending.pop(step.id, None)
+            self._planner.ended(step, now_s, None)
+        elif error is None:
+            self._planner.ended(step, now_s, served(ended.result().usage))
+            self._finish(pending, pending.result(ended.result()))
+        elif pending.stopping and _was_stopped(error):
+            pending.stopped()
+            self._planner.preempted(step, now_s)
+        else:
+            self._planner.ended(step, now_s, None)
+            self._fail(pending, error)
+        self._turn()
+
+    def _finish(self, pending: PendingStep, result: StepResult | None) -> None:
+        pending.sequence = None
+        self._pending.pop(pending.step.id, None)
+        if not pending.done.done():
+            pending.done.set_result(result)
+
+    def _fail(self, pending: PendingStep, error: BaseException) -> None:
+        pending.sequence = None
+        self._pending.pop(pending.step.id, None)
+        if not pending.done.done():
+            pending.done.set_exception(error)
+            pending.done.exception()  # retrieved here too: nobody may wait for it any more
+
+    def _kill(self, name: str) -> None:
+        """Below the hard floor: the process ends now, its steps wait for better times."""
+        for pending in self._pending.values():
+            if pending.step.engine == name and pending.sequence is not None:
+                pending.stopping = True
+        self._residency.kill(name)
+
+    def _progressed(self, name: str, fraction: float) -> None:
+        for pending in list(self._pending.values()):
+            if pending.step.engine == name and pending.state is RunState.LOADING:
+                pending.tell(RunState.LOADING, fraction)
+        self._changed.notify()
+
+    # --- what is known of engines ---
+
+    def _know(self, name: str) -> tuple[Manifest, Options]:
+        """Look an engine up, and tell the planner what it is now.
+
+        Raises:
+            NotFound: not installed.
+            LoadFailed: it can't be loaded as configured.
+        """
+        manifest = self._catalogue.get(name)
+        try:
+            options = self._settings.loading.options(manifest)
+        except LoadFailed as error:
+            self._residency.failed(name, error)
+            raise
+        load_s = self._residency.load_s(name)
+        self._planner.know(
+            EngineFacts(
+                name=name,
+                footprint=self._footprints.of(manifest, options.slots, options.context_tokens),
+                slots=options.slots,
+                kv_tokens=options.slots * options.context_tokens,
+                load_s=_DEFAULT_LOAD_S if load_s is None else load_s,
+                cache_bytes=manifest.memory.cache_bytes,
+                refusal=self._quarantine.refusal(manifest),
+            )
+        )
+        return manifest, options
+
+    def _now_s(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def _info(self, manifest: Manifest) -> EngineInfo:
-        loaded = self._loaded.get(manifest.name)
-        failure = loaded.error if loaded else self._failures.get(manifest.name)
-        absent = EngineState.FAILED if failure else EngineState.INSTALLED
-        state = loaded.state if loaded else absent
-        return EngineInfo(
-            name=manifest.name,
-            digest=manifests.digest(manifest),
-            backend=manifest.backend.name,
-            state=state,
-            context_tokens=(loaded.host if loaded else manifest).context_tokens,
-            max_output_tokens=manifest.max_output_tokens,
-            load_peak_bytes=manifest.memory.load_peak_bytes,
-            steady_bytes=manifest.memory.steady_bytes,
-            capabilities=manifest.capabilities,
-            licence=manifest.licence,
-            worker=loaded.worker_info() if loaded else None,
-            error=failure,
-            load_progress=loaded.progress if state is EngineState.LOADING and loaded else None,
-        )
+
+def _overlap_s(asked_s: float, resident: Resident) -> float:
+    """How much of a step's wait was its engine's load."""
+    return max(0.0, resident.ready_s - max(asked_s, resident.asked_s))
+
+
+def _was_stopped(error: BaseException) -> bool:
+    """Stopped by us: cancelled in the worker, or the worker was killed."""
+    return isinstance(error, WorkerError) or (
+        isinstance(error, StepFailed) and error.reason == "CANCELLED"
+    )
+
+
+def _ignore_text(_text: str, _tokens: int) -> None:
+    """Of what is only loaded."""
+
+
+def _ignore_state(_state: RunState, _progress: float | None) -> None:
+    """Of what is only loaded."""

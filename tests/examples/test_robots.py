@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from edge_agent.api import convert_client
 from edge_agent.api.convert_request import run_request
 from edge_agent.config import Config
-from edge_agent.daemon import request_limits
 from edge_agent.decoding.schemas import check_schemas
+from edge_agent.settings import request_limits
 from edge_agent.v1 import run_service_pb2 as run_pb
 from examples.robots.robot import CannotDo
 from examples.robots.show import ENGINE, ROBOTS, make_robot

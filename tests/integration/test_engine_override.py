@@ -6,9 +6,9 @@ import grpc
 import pytest
 
 from edge_agent.config import parse_config
-from edge_agent.daemon import context_problem, scheduler_settings
 from edge_agent.engines.manifest import MANIFEST_NAME, decode_manifest
 from edge_agent.errors import LoadFailed
+from edge_agent.settings import context_problem, scheduler_settings
 from edge_agent.v1 import engine_service_pb2 as engine_pb
 from edge_agent.v1 import run_service_pb2 as run_pb
 from edge_agent.v1 import system_service_pb2 as system_pb
@@ -30,6 +30,10 @@ def engine_of(client):
     return client.engines.GetEngine(request, timeout=20).engine
 
 
+def loading(config):
+    return scheduler_settings(config, None, 8 << 30).loading
+
+
 def ended(client, words, **options):
     return list(events(client.execute(goal("word " * words, **options))))[-1].run_finished.run
 
@@ -39,7 +43,7 @@ def test_the_context_can_be_lowered_down_to_the_manifests_and_no_further_up(mani
     for wanted in (256, limit - 1, limit):
         config = parse_config(wanting(wanted), "test")
         assert context_problem(config, manifest) is None
-        assert scheduler_settings(config).options(manifest).context_tokens == wanted
+        assert loading(config).options(manifest).context_tokens == wanted
 
     config = parse_config(wanting(limit + 1), "test")
     problem = context_problem(config, manifest)
@@ -47,13 +51,13 @@ def test_the_context_can_be_lowered_down_to_the_manifests_and_no_further_up(mani
     assert problem.field == f"engines.{ENGINE}.context_tokens"
     assert problem.description.startswith(f"{limit + 1}, must be at most {limit}")
     with pytest.raises(LoadFailed) as refused:
-        scheduler_settings(config).options(manifest)
+        loading(config).options(manifest)
     assert refused.value.reason == "CONTEXT_TOO_LONG"
 
 
 def test_without_a_word_about_it_the_context_is_the_manifests(manifest):
     config = parse_config(f"engines: {{{ENGINE}: {{slots: 2}}}}", "test")
-    assert scheduler_settings(config).options(manifest).context_tokens == manifest.context_tokens
+    assert loading(config).options(manifest).context_tokens == manifest.context_tokens
 
 
 def test_a_lower_context_refuses_a_prompt_that_the_manifest_would_take(engine_store, manifest):

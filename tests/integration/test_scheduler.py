@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge_agent.core import EngineInfo, EngineState, RunState, StepResult
+from edge_agent.core import EngineInfo, EngineState, RunState, StepOrigin, StepResult
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.manifest import MANIFEST_NAME
 from edge_agent.errors import (
@@ -24,8 +24,11 @@ from edge_agent.errors import (
     StepFailed,
     WorkerError,
 )
+from edge_agent.scheduling.loading import LoadingSettings
 from edge_agent.scheduling.scheduler import Scheduler, SchedulerSettings
+from edge_agent.scheduling.values import Rules
 from tests.support.engines import OPTIONS, WORKER, long_request, make_store, request
+from tests.support.machine import SetMachine
 from tests.support.processes import is_gone, wait_gone
 
 WAIT_S = 45.0
@@ -40,15 +43,23 @@ def store(engine_store: Path, tmp_path: Path) -> Catalogue:
 
 def settings(**changes: Any) -> SchedulerSettings:
     slots = changes.pop("slots", 2)
-    fields: dict[str, Any] = {
+    loading = LoadingSettings(
+        load_timeout_s=changes.pop("load_timeout_s", 30.0),
+        unload_timeout_s=10.0,
+        memory_back_s=1.0,
+        worker=lambda _manifest: WORKER,
+        options=lambda _manifest: msgspec.structs.replace(FAST, slots=slots),
+    )
+    rules: dict[str, Any] = {
+        "reserve_bytes": 0,
+        "soft_floor_bytes": 0,
+        "hard_floor_bytes": 0,
         "max_resident_engines": 1,
         "max_waiting_steps": 16,
-        "load_timeout_s": 30.0,
-        "unload_timeout_s": 10.0,
-        "worker": lambda _manifest: WORKER,
-        "options": lambda _manifest: msgspec.structs.replace(FAST, slots=slots),
+        "min_residency_s": 0.0,
+        "residency_per_load": 0.0,
     }
-    return SchedulerSettings(**(fields | changes))
+    return SchedulerSettings(Rules(**(rules | changes)), loading)
 
 
 @pytest.fixture
@@ -57,7 +68,7 @@ def play(store: Catalogue):
 
     def run(scenario: Callable[[Scheduler], Coroutine[Any, Any, Any]], **changes: Any) -> Any:
         async def bounded() -> Any:
-            scheduler = Scheduler(store, settings(**changes))
+            scheduler = Scheduler(store, settings(**changes), SetMachine())
             seen: set[int] = set()
             try:
                 async with asyncio.timeout(WAIT_S):
@@ -84,7 +95,9 @@ class Asked:
         endless = wanted.pop("endless", False)
         step = long_request(**wanted) if endless else request(**(SHORT | wanted))
         self.task: asyncio.Task[StepResult] = asyncio.create_task(
-            scheduler.decide(engine, step, on_text=self._text, on_state=self._state)
+            scheduler.decide(
+                engine, step, StepOrigin("test"), on_text=self._text, on_state=self._state
+            )
         )
 
     def _text(self, _text: str, _tokens: int) -> None:
@@ -270,7 +283,7 @@ class TestMakingRoom:
             result = await busy.task
             await other.task
             await late.task
-            assert late.states[0] is RunState.LOADING
+            assert late.states[:2] == [RunState.QUEUED, RunState.LOADING]
             return result
 
         assert play(scenario).usage.completion_tokens > 2
@@ -455,7 +468,7 @@ class TestWatching:
 class TestStopping:
     def test_ends_busy_workers_and_loads_on_their_way(self, store: Catalogue):
         async def scenario() -> None:
-            scheduler = Scheduler(store, settings(max_resident_engines=3))
+            scheduler = Scheduler(store, settings(max_resident_engines=3), SetMachine())
             busy = Asked(scheduler, "alpha", endless=True)
             await busy.begun.wait()
             loading = Asked(scheduler, "beta")

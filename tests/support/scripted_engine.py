@@ -16,6 +16,7 @@ from edge_agent.core import (
     Role,
     RunSpec,
     RunState,
+    StepOrigin,
     StepRequest,
     StepResult,
     TextPart,
@@ -42,6 +43,7 @@ class Step:
 
     engine: str
     request: StepRequest
+    origin: StepOrigin
     on_text: Callable[[str, int], None]
     on_state: Callable[[RunState, float | None], None]
     outcome: "asyncio.Future[StepResult]" = field(
@@ -108,12 +110,13 @@ class ScriptedEngines:
         self,
         engine: str,
         request: StepRequest,
+        origin: StepOrigin,
         *,
         on_text: Callable[[str, int], None],
         on_state: Callable[[RunState, float | None], None],
     ) -> StepResult:
         """Decide as the test says; cancelling this lets go of the step."""
-        step = Step(engine, request, on_text, on_state)
+        step = Step(engine, request, origin, on_text, on_state)
         self.steps.append(step)
         self._asked.put_nowait(step)
         try:

@@ -62,12 +62,16 @@ class TestExample:
     def test_its_commented_examples_are_valid(self):
         text = EXAMPLE.read_text()
         text = text.replace("engines: {}", "engines:").replace("python: {}", "python:")
+        text = text.replace("client_weights: {}", "client_weights:")
         text = re.sub(r"^( *)#   (\S+:( .*)?)$", r"\1    \2", text, flags=re.MULTILINE)
         text = re.sub(
-            r"^( *)#     (slots|context_tokens|threads)", r"\1      \2", text, flags=re.MULTILINE
+            r"^( *)#     (slots|context_tokens|threads|pinned)",
+            r"\1      \2",
+            text,
+            flags=re.MULTILINE,
         )
         # examples stand before their key: move them behind it
-        for key in ("engines", "  python"):
+        for key in ("engines", "  python", "  client_weights"):
             examples = rf"((?:^    .*\n|^      .*\n)+)(^{key}:\n)"
             text = re.sub(examples, r"\2\1", text, flags=re.MULTILINE)
         config = parse_config(text, "example with its examples")
@@ -139,7 +143,11 @@ shutdown: {grace: 0s}
             ("preload: smol", "preload", "'smol', must be a list"),
             ("preload: [Bad!]", "preload[0]", "'Bad!', must match [a-z0-9]"),
             ("preload: [7]", "preload[0]", "7, must be text: put it in quotes"),
-            ("preload: [a, b]", "preload", "2 engines, must be at most scheduling.max_res"),
+            (
+                "preload: [a, b]\nscheduling: {max_resident_engines: 1}",
+                "preload",
+                "2 engines, must be at most scheduling.max_res",
+            ),
             ("preload: [a, a]\nscheduling: {max_resident_engines: 2}", "preload", "'a' is named"),
             ("runs: {default_engine: No}", "runs.default_engine", "false, must be text"),
             ("runs: {default_engine: ../x}", "runs.default_engine", "'../x', must match"),

@@ -1,0 +1,42 @@
+"""Small files that are replaced whole or not at all, also when the power fails."""
+
+import os
+from pathlib import Path
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Put `content` in the file's place; it is on disk when this returns. Blocks.
+
+    Raises:
+        OSError: as the file system says; the old content is still there.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove the file, if it is there; it does not come back. Blocks.
+
+    Raises:
+        OSError: as the file system says.
+    """
+    path.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(directory: Path) -> None:
+    """The directory's entries are on disk when this returns.
+
+    Raises:
+        OSError: as the file system says.
+    """
+    number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,71 @@
+"""What an engine takes in memory: the manifest's estimate, corrected by what was measured. Pure.
+
+A measurement that is higher counts at once, a lower one only when five loads in a row agree, and
+nothing brings an engine below its weights, KV caches and recurrent state.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from edge_agent.engines.manifest import Manifest
+from edge_agent.scheduling.values import Footprint
+
+AGREEING: Final = 5
+_AGREE_SHARE: Final = 0.1
+"""Measurements agree when they are within this share of the largest."""
+
+
+class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one load was seen to take; `source` says how, `measured_at_s` is Unix time."""
+
+    load_peak_bytes: int
+    steady_bytes: int
+    source: str
+    measured_at_s: float
+
+
+def kv_bytes(manifest: Manifest, slots: int, context_tokens: int) -> int:
+    """KV caches and recurrent state of so many sequences (see `manifest.LayerKind`)."""
+    one = 0
+    for group in manifest.layers:
+        tokens = min(context_tokens, group.window_tokens or context_tokens)
+        one += group.layers * (tokens * group.bytes_per_token + group.state_bytes)
+    return slots * one
+
+
+def estimate(manifest: Manifest, slots: int, context_tokens: int) -> Footprint:
+    """The manifest's estimate, for other slots and another context than it was made with."""
+    usual = kv_bytes(manifest, manifest.slots, manifest.context_tokens)
+    more = kv_bytes(manifest, slots, context_tokens) - usual
+    least = floor_bytes(manifest, slots, context_tokens)
+    return Footprint(
+        max(least, manifest.memory.load_peak_bytes + more),
+        max(least, manifest.memory.steady_bytes + more),
+    )
+
+
+def floor_bytes(manifest: Manifest, slots: int, context_tokens: int) -> int:
+    """Weights, KV caches and state: less than this is a mistake of measuring."""
+    weights = sum(spec.size_bytes for spec in manifest.files)
+    return weights + kv_bytes(manifest, slots, context_tokens)
+
+
+def correct(estimated: Footprint, least_bytes: int, history: Sequence[Measurement]) -> Footprint:
+    """The estimate after these measurements, oldest first."""
+    peak = _correct(estimated.load_peak_bytes, [each.load_peak_bytes for each in history])
+    steady = _correct(estimated.steady_bytes, [each.steady_bytes for each in history])
+    steady = max(steady, least_bytes)
+    return Footprint(max(peak, steady), steady)
+
+
+def _correct(value: int, measured: Sequence[int]) -> int:
+    recent: list[int] = []
+    for number in measured:
+        recent = [*recent, number][-AGREEING:]
+        if number > value:
+            value = number
+        elif len(recent) == AGREEING and min(recent) >= max(recent) * (1 - _AGREE_SHARE):
+            value = max(recent)
+    return value

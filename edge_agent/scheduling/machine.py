@@ -1,0 +1,125 @@
+"""How the scheduler sees the machine: from a telemetry snapshot to a `MachineView`.
+
+MemAvailable is the truth where the GPU shares the CPU's memory; a discrete card's own memory counts
+where there is one and engines are loaded into it.
+"""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from edge_agent.scheduling.values import Heat, MachineView, Memory
+from edge_agent.telemetry import procfs, tegra
+from edge_agent.telemetry.process import read_process_memory
+from edge_agent.telemetry.reading import ReadingStatus
+from edge_agent.telemetry.sampler import Sampler
+from edge_agent.telemetry.snapshot import GpuMetrics, TelemetrySnapshot
+
+_WARM_MILLI_C = 5000
+"""Nearer than this to its limit a zone counts as warm."""
+_AHEAD_S = 30.0
+"""So is one that would get there within this time, heating as it does now."""
+
+
+class Machine(Protocol):
+    """What the scheduler asks of telemetry."""
+
+    def view(self) -> MachineView:
+        """How the machine is now."""
+        ...
+
+    def watch_closely(self) -> AbstractContextManager[None]:
+        """Memory is sampled fast in this block."""
+        ...
+
+    def process_bytes(self, pid: int) -> int | None:
+        """What one process holds, as far as the kernel or the driver can tell. Blocks."""
+        ...
+
+
+class TelemetryMachine:
+    """The machine below `sysroot`, as the sampler sees it."""
+
+    def __init__(self, sampler: Sampler, sysroot: Path, *, on_gpu: bool = False) -> None:
+        """Read once what does not change. `on_gpu`: engines run on a GPU."""
+        machine = tegra.read_machine(sysroot)
+        module = machine.module.value
+        self._sampler = sampler
+        self._sysroot = sysroot
+        self._on_gpu = on_gpu
+        self._had_zones = False
+        self.part = module.part if module else None
+        self.total_bytes = procfs.read_memory(sysroot).total_bytes.value or 0
+
+    @property
+    def device(self) -> str:
+        """The machine's kind, for what is remembered of engines on it."""
+        return f"{self.part or 'unknown'}/{self.total_bytes >> 20}MiB"
+
+    def view(self) -> MachineView:
+        """How the machine is now."""
+        return self.seen(self._sampler.latest)
+
+    def seen(self, snapshot: TelemetrySnapshot) -> MachineView:
+        """What a snapshot means."""
+        self._had_zones = self._had_zones or snapshot.thermal_margin_milli_c is not None
+        return machine_view(
+            snapshot,
+            total_bytes=self.total_bytes,
+            on_gpu=self._on_gpu,
+            had_zones=self._had_zones,
+        )
+
+    def watch_closely(self) -> AbstractContextManager[None]:
+        """Memory is sampled at 20 Hz in this block."""
+        return self._sampler.fast()
+
+    def process_bytes(self, pid: int) -> int | None:
+        """The process's proportional set; the driver's part of it is not in it. Blocks."""
+        return read_process_memory(self._sysroot, pid).pss_bytes.value
+
+
+def machine_view(
+    snapshot: TelemetrySnapshot, *, total_bytes: int, on_gpu: bool, had_zones: bool
+) -> MachineView:
+    """What a snapshot means for decisions.
+
+    Args:
+        snapshot: as old as it is by now.
+        total_bytes: for where telemetry has no total yet.
+        on_gpu: whether engines run on a GPU at all; a discrete card's memory counts only then.
+        had_zones: whether a temperature was ever read: if so, none now is not nominal.
+    """
+    card = _discrete(snapshot.gpus) if on_gpu else None
+    if card is not None:
+        total, used = card.memory_total_bytes.value or 0, card.memory_used_bytes.fresh
+        memory = Memory(total, None if used is None else total - used)
+    else:
+        memory = Memory(snapshot.mem_total_bytes or total_bytes, snapshot.mem_available_bytes)
+    return MachineView(
+        memory,
+        snapshot.some_avg10_percent,
+        snapshot.full_avg10_percent,
+        heat(snapshot, had_zones=had_zones),
+    )
+
+
+def heat(snapshot: TelemetrySnapshot, *, had_zones: bool) -> Heat:
+    """How warm the machine is; a sensor that has failed is never taken for a cool one."""
+    if snapshot.is_throttled:
+        return Heat.THROTTLED
+    margin = snapshot.thermal_margin_milli_c
+    if margin is None:
+        failed = snapshot.hottest.status in (ReadingStatus.ERROR, ReadingStatus.STALE)
+        return Heat.UNKNOWN if had_zones or failed else Heat.NOMINAL
+    slope = snapshot.thermal_slope_milli_c_per_s or 0.0
+    if margin < _WARM_MILLI_C or margin - slope * _AHEAD_S <= 0:
+        return Heat.WARM
+    return Heat.NOMINAL
+
+
+def _discrete(gpus: tuple[GpuMetrics, ...]) -> GpuMetrics | None:
+    for gpu in gpus:
+        if gpu.integrated.value is False and gpu.memory_total_bytes.value:
+            return gpu
+    return None
