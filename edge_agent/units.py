@@ -81,3 +81,10 @@ def format_size(size_bytes: int) -> str:
         if size_bytes % factor == 0:
             return f"{size_bytes // factor}{unit}"
     return f"{size_bytes}B"
+
+
+def size_text(size_bytes: int) -> str:
+    """For people, in the largest unit of which there is at least one."""
+    if size_bytes >= GIB:
+        return f"{size_bytes / GIB:.1f} GiB"
+    return f"{size_bytes / MIB:.0f} MiB" if size_bytes >= MIB else f"{size_bytes >> 10} KiB"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import msgspec
 
 from edge_agent.errors import EdgeAgentError
+from edge_agent.units import parse_duration
 
 if TYPE_CHECKING:
     from edge_agent.client import Client
@@ -57,6 +58,14 @@ def connect(args: argparse.Namespace) -> "Client":
 def absolute(value: str) -> Path:
     """A path on the command line, whatever becomes of the working directory."""
     return Path(value).absolute()
+
+
+def duration_s(value: str) -> float:
+    """A duration on the command line, in seconds."""
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{value!r}, {error}") from None
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

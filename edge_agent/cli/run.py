@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_agent.cli.output import Subparsers, add_json, add_socket, connect
+from edge_agent.cli.output import Subparsers, add_json, add_socket, connect, duration_s
 from edge_agent.cli.run_printer import RunPrinter, note
 from edge_agent.core import Message, Role, TextPart
-from edge_agent.units import parse_duration
 
 if TYPE_CHECKING:
     from edge_agent.client import Client, RunOptions, Tools
@@ -38,7 +37,7 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--system", metavar="TEXT", help="instructions above the conversation")
     parser.add_argument("--max-steps", type=int, metavar="N", help="default: the daemon's")
     parser.add_argument(
-        "--timeout", type=_duration, metavar="TIME", help="such as 30s; default: the daemon's"
+        "--timeout", type=duration_s, metavar="TIME", help="such as 30s; default: the daemon's"
     )
     parser.add_argument(
         "--no-stream", action="store_true", help="print only the answer, at its end"
@@ -134,10 +133,3 @@ def _ask(name: str, **arguments: object) -> str:
         flush=True,
     )
     return input()
-
-
-def _duration(value: str) -> float:
-    try:
-        return parse_duration(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{value!r}, {error}") from None

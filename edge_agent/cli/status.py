@@ -1,4 +1,7 @@
-"""`edge-agent status`: how the daemon is, what is in memory, what runs and what is halted."""
+"""`edge-agent status`: how the daemon is, what is in memory, what runs and what is halted.
+
+With --watch again and again, together with the machine's telemetry: see `watch` and `live_view`.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -9,6 +12,7 @@ from edge_agent.cli.output import (
     add_socket,
     aligned,
     connect,
+    duration_s,
     print_json,
 )
 from edge_agent.core import DaemonStatus, EngineInfo
@@ -20,8 +24,17 @@ def register(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "status",
         help="how the daemon is",
-        description="Shows the daemon's state, its engines, its runs and what is halted.",
-        epilog="example: edge-agent status --json",
+        description="Shows the daemon's state, its engines, its runs and what is halted. With "
+        "--watch it goes on, and shows the machine as well: memory, GPU, temperatures, power.",
+        epilog="example: edge-agent status --watch",
+    )
+    parser.add_argument("--watch", action="store_true", help="show it again and again until Ctrl-C")
+    parser.add_argument(
+        "--interval",
+        metavar="DURATION",
+        type=duration_s,
+        default=1.0,
+        help="how often with --watch, 100ms to 1h (default: 1s)",
     )
     add_socket(parser)
     add_json(parser)
@@ -30,6 +43,10 @@ def register(subparsers: Subparsers) -> None:
 
 def run_status(args: argparse.Namespace) -> int:
     """Show it."""
+    if args.watch:
+        from edge_agent.cli.watch import watch
+
+        return watch(args)
     with connect(args) as client:
         status, engines = client.status(), client.engines()
     if args.json:
@@ -42,18 +59,31 @@ def run_status(args: argparse.Namespace) -> int:
 
 def describe(status: DaemonStatus, engines: Sequence[EngineInfo]) -> list[str]:
     """The status for people, line by line."""
+    lines = daemon_lines(status)
+    lines.append(f"config   {status.config_path or 'built-in defaults'}")
+    return lines + run_lines(status) + engine_lines(status, engines)
+
+
+def daemon_lines(status: DaemonStatus) -> list[str]:
+    """The daemon, and what is wrong with it."""
     uptime = _span(status.uptime_s)
     lines = [f"daemon   {status.state}  pid {status.pid}, up {uptime}, version {status.version}"]
-    lines += [f"degraded {reason}" for reason in status.degraded_reasons]
-    lines.append(f"config   {status.config_path or 'built-in defaults'}")
+    return lines + [f"degraded {reason}" for reason in status.degraded_reasons]
+
+
+def run_lines(status: DaemonStatus) -> list[str]:
+    """What runs, and what is halted."""
     counts = ", ".join(f"{count} {state}" for state, count in status.runs.items() if count)
-    lines.append(f"runs     {counts or 'none'}")
-    lines += [
+    return [f"runs     {counts or 'none'}"] + [
         f"halt     {halt.id} {halt.scope} {halt.target} {halt.reason}".rstrip()
         for halt in status.halts
     ]
+
+
+def engine_lines(status: DaemonStatus, engines: Sequence[EngineInfo]) -> list[str]:
+    """The engines, one a line, with what went wrong with them."""
     loaded = f"{status.engines_loaded} of at most {status.max_resident_engines} in memory"
-    lines.append(f"engines  {status.engines_installed} installed, {loaded}")
+    lines = [f"engines  {status.engines_installed} installed, {loaded}"]
     rows: list[tuple[str, ...]] = [("NAME", "STATE", "MEMORY", "SLOTS", "ACTIVE", "WAITING", "PID")]
     rows += [_row(engine) for engine in engines]
     if engines:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from edge_agent.telemetry.reading import Reading, ReadingStatus
-from edge_agent.units import GIB, MIB
 
 
 class FindingStatus(StrEnum):
@@ -67,13 +66,6 @@ def worst(findings: tuple[Finding, ...]) -> FindingStatus:
         if any(finding.status is status for finding in findings):
             return status
     return FindingStatus.OK
-
-
-def size_text(size_bytes: int) -> str:
-    """For people, in the largest unit of which there is at least one."""
-    if size_bytes >= GIB:
-        return f"{size_bytes / GIB:.1f} GiB"
-    return f"{size_bytes / MIB:.0f} MiB" if size_bytes >= MIB else f"{size_bytes >> 10} KiB"
 
 
 def is_absent(reading: Reading[object]) -> bool:

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from edge_agent.doctor.children import NoAnswer, ask_cuda, ask_nvml
-from edge_agent.doctor.finding import Finding, good, size_text, unknown, warn
+from edge_agent.doctor.finding import Finding, good, unknown, warn
 from edge_agent.telemetry.nvml import LIBRARY_MISSING, Gpu, NvmlSnapshot
+from edge_agent.units import size_text
 
 _REBOOT: Final = "`sudo dmesg | grep -iE 'nvrm|xid|nvgpu'` says why; often only a reboot helps"
 _NO_PYCUDA: Final = "pycuda is not installed"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Final
 
 from edge_agent import __version__, paths
-from edge_agent.doctor.finding import Finding, good, size_text, unknown, warn
+from edge_agent.doctor.finding import Finding, good, unknown, warn
 from edge_agent.errors import ConfigError
 from edge_agent.telemetry.files import read_text
+from edge_agent.units import size_text
 
 LOW_DISK_BYTES: Final = 512 << 20
 SYSTEM_RUNTIME_DIR: Final = Path("/run") / paths.APP

@@ -11,7 +11,6 @@ from edge_agent.doctor.finding import (
     fail,
     good,
     is_absent,
-    size_text,
     unknown,
     unread,
     warn,
@@ -20,6 +19,7 @@ from edge_agent.telemetry import procfs, sensors, tegra
 from edge_agent.telemetry.energy import PowerRail
 from edge_agent.telemetry.reading import Reading
 from edge_agent.telemetry.thermal import ThermalZone
+from edge_agent.units import size_text
 
 MIN_L4T_MAJOR: Final = 39
 LOW_MEMORY_BYTES: Final = 512 << 20

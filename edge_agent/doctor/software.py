@@ -10,10 +10,11 @@ from typing import Final
 from edge_agent import paths
 from edge_agent.config import Config, load_config
 from edge_agent.doctor.children import NoAnswer, ask_libraries
-from edge_agent.doctor.finding import Finding, fail, good, size_text, unknown, warn
+from edge_agent.doctor.finding import Finding, fail, good, unknown, warn
 from edge_agent.engines.catalogue import BrokenEngine, Catalogue
 from edge_agent.engines.manifest import BACKENDS, Manifest
 from edge_agent.errors import ConfigError, EdgeAgentError
+from edge_agent.units import size_text
 
 LIBRARIES: Final = {"llama_cpp": ("xllamacpp", "llguidance", "jsonschema_rs", "msgspec")}
 """What a worker imports, by backend; the first is the engine's own library."""

@@ -11,12 +11,13 @@ import pytest
 
 from edge_agent.cli.doctor import describe
 from edge_agent.doctor import access, host, worst
-from edge_agent.doctor.finding import Finding, FindingStatus, fail, good, size_text, unknown, warn
+from edge_agent.doctor.finding import Finding, FindingStatus, fail, good, unknown, warn
 from edge_agent.doctor.gpu import describe_nvml
 from edge_agent.doctor.machine import check_machine
 from edge_agent.telemetry.nvml import LIBRARY_MISSING, Gpu, NvmlSnapshot
 from edge_agent.telemetry.reading import Reading, failed, ok, unsupported
 from edge_agent.telemetry.tegra import DeviceNode
+from edge_agent.units import size_text
 from tests.support import sysroots
 
 MIB = 1 << 20
