@@ -190,7 +190,12 @@ def report(
     for key, value in more.items():
         print(f"{key:26}{'':10}{value:>11.3f}  {spreads.get(key, '')}")
     print(f"missed: {', '.join(missed)}" if missed else "every target met")
-    line = {"benchmark": benchmark, "machine": host, "engine": ENGINE, **measured, **more}
+    print_line(benchmark, host, {**measured, **more})
+
+
+def print_line(benchmark: str, host: str, values: Mapping[str, object]) -> None:
+    """The JSON line, which is a benchmark's last."""
+    line = {"benchmark": benchmark, "machine": host, "engine": ENGINE, **values}
     print(json.dumps({key: _rounded(value) for key, value in line.items()}))
 
 

@@ -35,6 +35,7 @@ from benchmarks._shared import (
     report,
     spread,
 )
+from benchmarks._workloads import workload
 from edge_agent.client import AsyncClient
 from edge_agent.config import Config
 from edge_agent.core import (
@@ -70,8 +71,8 @@ _CHUNK = 100
 class Plan:
     """Seconds for each thing, the least number of rounds, and how a prefill is measured.
 
-    `prefill_tokens` is the length of a prompt while runs are cancelled; to compare `sizes`, it is
-    two of the largest.
+    While runs are cancelled, a prompt is the tools of `prefill_workload`, which are cached, and
+    then a goal of `prefill_tokens`, which is not. To compare `sizes`, it is two of the largest.
     """
 
     unary_s: float
@@ -83,13 +84,14 @@ class Plan:
     sizes_s: float
     silent_s: float
     min_rounds: int
+    prefill_workload: str
     prefill_tokens: int
     sizes: tuple[int, ...]
 
 
 DEFAULT_SIZE = Config().worker.prefill_batch_tokens
-QUICK = Plan(0, 0, 10, 0, 0, 0, 0, 1, 1, DEFAULT_SIZE + 32, (DEFAULT_SIZE,))
-FULL = Plan(25, 12, 300, 45, 24, 30, 25, 20, 2, 288, (8, 16, 32, 64, 128, 256))
+QUICK = Plan(0, 0, 10, 0, 0, 0, 0, 1, 1, "0.3k", DEFAULT_SIZE + 32, (DEFAULT_SIZE,))
+FULL = Plan(25, 12, 300, 45, 24, 30, 25, 20, 2, "2.5k", 288, (8, 16, 32, 64, 128, 256))
 
 
 @dataclass(slots=True)
@@ -283,9 +285,10 @@ class Bench:
         )
 
     def _prompt(self) -> Any:
-        """The events of a new run with a prompt that is not cached."""
+        """The events of a new run with a goal that is not cached."""
         goal = _fresh_prompt(self.plan.prefill_tokens)
-        return self.client.execute(goal, engine=ENGINE, max_output_tokens=1, max_steps=1)
+        _, tools = workload(self.plan.prefill_workload)
+        return self.client.execute(goal, tools, engine=ENGINE, max_output_tokens=1, max_steps=1)
 
     async def create(self) -> str:
         """A run like `story` that goes on without us; returns its id."""
@@ -340,7 +343,9 @@ class Bench:
         return since_ms(began_s)
 
     async def measure_cancel_prefill(self) -> None:
-        """While a prompt that is not cached is being read; beside it, what a batch takes."""
+        """While a goal that is not cached is being read; beside it, what a batch takes."""
+        async for _event in self._prompt():
+            pass  # the tools are cached now
         ms_per_token = await self._whole_prefill()
         for number in rounds(self.plan.min_rounds, self.plan.prefill_s):
             if number % 5 == 4:
