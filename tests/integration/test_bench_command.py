@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -189,11 +188,11 @@ def start_long(daemon: DaemonProcess) -> "subprocess.Popen[bytes]":
         sys.executable, "-m", "edge_agent", "bench", "--socket", str(daemon.api_socket),
         "--engine", SMALL, "--rounds", "100", "--max-output-tokens", "64",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    until = time.monotonic() + WAIT_S
-    while not active_runs(daemon):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    # Unbuffered, so that all but the line that is read here is left to `communicate`.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith(b"bench: 0 %")  # it has begun, and run nothing
+    daemon.wait_for("step_finished", count=len(daemon.lines("step_finished")) + 1)
     return process
 
 

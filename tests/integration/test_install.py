@@ -24,6 +24,7 @@ from edge_agent.engines.install import find_recipe, install
 from edge_agent.engines.manifest import MANIFEST_NAME, SEAL_NAME, Manifest, digest
 from edge_agent.errors import InstallError
 from tests.support.engine_files import FILES, NAME, write_engine
+from tests.support.processes import children, wait_gone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KILLED = REPOSITORY / "tests/support/killed_install.py"
@@ -410,17 +411,22 @@ class TestWheel:
 class TestHangingDownload:
     """The real pip against a server that accepts and never answers."""
 
-    @pytest.fixture
-    def recipe(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-        wheel = make_wheel(tmp_path / "index", OLD_FILES)
+    @pytest.fixture(autouse=True)
+    def index(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
         with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(20)
             port = server.getsockname()[1]
             monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
             monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
             monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
             monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
             monkeypatch.setenv("no_proxy", "127.0.0.1")
-            yield write_engine(tmp_path, OLD_FILES, obtain=wheel_obtain(wheel, OLD_FILES))
+            yield server
+
+    @pytest.fixture
+    def recipe(self, tmp_path: Path) -> Path:
+        wheel = make_wheel(tmp_path / "index", OLD_FILES)
+        return write_engine(tmp_path, OLD_FILES, obtain=wheel_obtain(wheel, OLD_FILES))
 
     def test_ends_at_its_deadline(self, root: Path, recipe: Path):
         started = time.monotonic()
@@ -431,47 +437,24 @@ class TestHangingDownload:
         assert names(root) == {store.LOCK_NAME}
         assert not children(os.getpid())
 
-    def test_pip_dies_with_a_killed_installer_and_frees_the_store(self, root: Path, recipe: Path):
+    def test_pip_dies_with_a_killed_installer_and_frees_the_store(
+        self, root: Path, recipe: Path, index: socket.socket
+    ):
         installer = subprocess.Popen(
             [sys.executable, str(KILLED), str(recipe), str(root), "100000"], env=with_package()
         )
         try:
-            pip = wait_for_child(installer.pid)
+            asking, _ = index.accept()  # pip is in its request
+            (pip,) = children(installer.pid)
         finally:
             installer.kill()
             installer.wait()
-        deadline = time.monotonic() + 10
-        while is_running(pip):
-            assert time.monotonic() < deadline, "pip has outlived the installer"
-            time.sleep(0.05)
+        with asking:
+            assert wait_gone(pip), "pip has outlived the installer"
         assert Catalogue(root).list() == ()
         other = write_engine(recipe.parent / "other", NEW_FILES)
         install_path(other, root, lock_timeout_s=1)
         assert names(root) == {store.LOCK_NAME, NAME}
-
-
-def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found if is_running(int(child))]
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for_child(pid: int) -> int:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        found = children(pid)
-        if found and b"download" in Path(f"/proc/{found[0]}/cmdline").read_bytes().split(b"\0"):
-            time.sleep(0.5)  # past its first instructions, into the request
-            return found[0]
-        time.sleep(0.05)
-    raise AssertionError("pip was not started")
 
 
 def test_the_real_engine_is_what_its_recipe_says(tmp_path: Path):

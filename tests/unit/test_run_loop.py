@@ -1,8 +1,9 @@
 """One run from acceptance to its end: steps, tools, limits, time, cancellation."""
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from edge_agent.core import (
     Event,
     FinishReason,
     HaltScope,
+    Message,
     Role,
     Run,
     RunError,
@@ -35,6 +37,7 @@ from tests.support.scripted_engine import (
     result,
     spec,
 )
+from tests.support.virtual_time import VirtualTimeLoop
 
 CANCEL = RunError("CANCELLED_BY_CALLER", "cancelled by a test")
 SHORT_S = 0.03
@@ -368,20 +371,27 @@ class TestTime:
         assert cancelled.reason.reason == "TOOL_TIMEOUT"
         assert run.error.metadata["tool_call_id"] == "call-2"
 
-    def test_a_result_in_its_short_time_waits_for_a_long_one(self, play):
-        async def scenario(runs, engines):
-            quick = dataclasses.replace(MOVE, name="quick", timeout_s=SHORT_S)
+    def test_a_result_in_its_short_time_waits_for_a_long_one(self, tmp_path: Path):
+        runs, engines = new_runs(tmp_path, tool_timeout_s=60.0)
+
+        async def until_the_quick_one_has_its_result() -> str:
+            quick = dataclasses.replace(MOVE, name="quick", timeout_s=20.0)
             run_id = start(runs, tools=[quick, MOVE])
             (await engines.next()).call(("move", "{}"), ("quick", "{}"))
             await until(runs, run_id, ToolCallsIssued)
             runs.submit(run_id, [result("call-2")])
-            await asyncio.sleep(2 * SHORT_S)  # past the short time: nothing may come of it
+            return run_id
+
+        async def to_the_end(run_id: str) -> tuple[Run, Sequence[Message]]:
             runs.submit(run_id, [result("call-1")])
             step = await engines.next()
             step.answer("Done")
             return await ended(runs, run_id), step.request.messages
 
-        run, messages = play(scenario, tool_timeout_s=60.0)
+        with contextlib.closing(VirtualTimeLoop()) as loop:
+            run_id = loop.do(until_the_quick_one_has_its_result())
+            loop.settle(40.0)  # past the short time: nothing may come of it
+            run, messages = loop.do(to_the_end(run_id))
         assert run.state is RunState.SUCCEEDED
         assert [message.tool_call_id for message in messages[-2:]] == ["call-1", "call-2"]
 
