@@ -391,6 +391,7 @@ class TestTime:
         with contextlib.closing(VirtualTimeLoop()) as loop:
             run_id = loop.do(until_the_quick_one_has_its_result())
             loop.settle(40.0)  # past the short time: nothing may come of it
+            assert runs.get(run_id).state is RunState.WAITING_TOOL
             run, messages = loop.do(to_the_end(run_id))
         assert run.state is RunState.SUCCEEDED
         assert [message.tool_call_id for message in messages[-2:]] == ["call-1", "call-2"]
