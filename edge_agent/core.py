@@ -307,8 +307,26 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredLoad:
+    """What one load of an engine was seen to take; `measured_at_s` is Unix time.
+
+    `source` is how it was seen: `process` (the worker's own memory) or `available` (by how much
+    MemAvailable fell).
+    """
+
+    load_peak_bytes: int
+    steady_bytes: int
+    source: str
+    measured_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """An installed engine as the daemon sees it."""
+    """An installed engine as the daemon sees it.
+
+    `load_peak_bytes` and `steady_bytes` are what is reserved for it: estimated, and corrected by
+    `measurements` (oldest first). `leaked_bytes` did not come back from its last process.
+    """
 
     name: str
     digest: str
@@ -323,6 +341,10 @@ class EngineInfo:
     worker: WorkerInfo | None = None
     error: RunError | None = None
     load_progress: float | None = None
+    pinned: bool = False
+    quarantined: bool = False
+    leaked_bytes: int = 0
+    measurements: tuple[MeasuredLoad, ...] = ()
 
 
 class HaltScope(enum.StrEnum):
@@ -474,30 +496,3 @@ class HaltOutcome:
     halt: Halt
     runs_stopped: int
     recorded: bool
-
-
-class DaemonState(enum.StrEnum):
-    """Whether the daemon accepts runs. UNSPECIFIED as in `RunState`."""
-
-    UNSPECIFIED = "UNSPECIFIED"
-    READY = "READY"
-    DEGRADED = "DEGRADED"
-    DRAINING = "DRAINING"
-
-
-@dataclass(frozen=True, slots=True)
-class DaemonStatus:
-    """The daemon as a whole."""
-
-    version: str
-    state: DaemonState
-    degraded_reasons: tuple[str, ...]
-    pid: int
-    started_at_s: float
-    uptime_s: float
-    runs: Mapping[RunState, int]
-    engines_installed: int
-    engines_loaded: int
-    max_resident_engines: int
-    halts: tuple[Halt, ...]
-    config_path: str

@@ -17,7 +17,6 @@ import structlog
 from edge_agent import __version__, paths
 from edge_agent.api.server import ApiServers
 from edge_agent.config import Config, load_config, needs_restart
-from edge_agent.core import DaemonState, DaemonStatus
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.errors import ConfigError, ManifestError
 from edge_agent.notify import ServiceManager
@@ -34,6 +33,7 @@ from edge_agent.settings import (
     run_settings,
     scheduler_settings,
 )
+from edge_agent.status import DaemonState, DaemonStatus
 from edge_agent.telemetry.recorder import Recorder
 from edge_agent.telemetry.sampler import Sampler
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
@@ -198,6 +198,7 @@ class Daemon:
         reasons, installed = self._look()
         state = DaemonState.DEGRADED if reasons else DaemonState.READY
         path = self._file.path
+        waiting, running = self._scheduler.step_counts()
         return DaemonStatus(
             version=__version__,
             state=DaemonState.DRAINING if self._draining else state,
@@ -209,6 +210,9 @@ class Daemon:
             engines_installed=installed,
             engines_loaded=self._scheduler.loaded_count(),
             max_resident_engines=self._file.config.scheduling.max_resident_engines,
+            memory=self._scheduler.memory(),
+            waiting_steps=waiting,
+            running_steps=running,
             halts=self._runs.halts(),
             config_path=str(path) if path else "",
         )

@@ -16,6 +16,7 @@ from edge_agent import core
 from edge_agent.api import convert_response
 from edge_agent.api.convert_telemetry import run_telemetry
 from edge_agent.api.spans import seconds
+from edge_agent.status import DaemonState, DaemonStatus
 from edge_agent.v1 import engine_service_pb2, run_service_pb2, system_service_pb2, types_pb2
 
 _ROLES = {types_pb2.Role.Value(f"ROLE_{role.name}"): role for role in core.Role}
@@ -31,8 +32,7 @@ _ENGINE_STATES = {
     for state in core.EngineState
 }
 _DAEMON_STATES = {
-    system_service_pb2.DaemonState.Value(f"DAEMON_STATE_{state}"): state
-    for state in core.DaemonState
+    system_service_pb2.DaemonState.Value(f"DAEMON_STATE_{state}"): state for state in DaemonState
 }
 
 
@@ -198,11 +198,11 @@ def engine(value: engine_service_pb2.Engine) -> core.EngineInfo:
     )
 
 
-def status(value: system_service_pb2.GetStatusResponse) -> core.DaemonStatus:
+def status(value: system_service_pb2.GetStatusResponse) -> DaemonStatus:
     """The daemon as a whole."""
-    return core.DaemonStatus(
+    return DaemonStatus(
         version=value.version,
-        state=_DAEMON_STATES.get(value.state, core.DaemonState.UNSPECIFIED),
+        state=_DAEMON_STATES.get(value.state, DaemonState.UNSPECIFIED),
         degraded_reasons=tuple(value.degraded_reasons),
         pid=value.pid,
         started_at_s=seconds(value.started_at),

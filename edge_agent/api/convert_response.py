@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from edge_agent import core
 from edge_agent.api.convert_telemetry import fill_run_telemetry
 from edge_agent.api.spans import filled
+from edge_agent.status import DaemonState, DaemonStatus
 from edge_agent.v1 import engine_service_pb2, run_service_pb2, system_service_pb2, types_pb2
 
 _ROLES = {
@@ -29,8 +30,7 @@ _ENGINE_STATES = {
     for state in core.EngineState
 }
 _DAEMON_STATES = {
-    state: system_service_pb2.DaemonState.Value(f"DAEMON_STATE_{state}")
-    for state in core.DaemonState
+    state: system_service_pb2.DaemonState.Value(f"DAEMON_STATE_{state}") for state in DaemonState
 }
 
 
@@ -180,7 +180,7 @@ def engine(info: core.EngineInfo) -> engine_service_pb2.Engine:
     )
 
 
-def status(value: core.DaemonStatus) -> system_service_pb2.GetStatusResponse:
+def status(value: DaemonStatus) -> system_service_pb2.GetStatusResponse:
     """The daemon as a whole."""
     return system_service_pb2.GetStatusResponse(
         version=value.version,

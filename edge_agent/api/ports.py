@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edge_agent.core import (
-    DaemonStatus,
     EngineInfo,
     Event,
     Halt,
@@ -22,6 +21,7 @@ from edge_agent.core import (
     RunState,
     ToolResult,
 )
+from edge_agent.status import DaemonStatus
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
 
 

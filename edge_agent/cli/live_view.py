@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias, TypeVar
 
 from edge_agent.cli.status import daemon_lines, engine_lines, run_lines
-from edge_agent.core import DaemonStatus, EngineInfo
+from edge_agent.core import EngineInfo
+from edge_agent.status import DaemonStatus
 from edge_agent.telemetry.reading import ReadingStatus
 from edge_agent.telemetry.snapshot import GpuMetrics, Metric, TelemetrySnapshot
 from edge_agent.telemetry.thermal import HottestZone

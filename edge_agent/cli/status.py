@@ -15,7 +15,8 @@ from edge_agent.cli.output import (
     duration_s,
     print_json,
 )
-from edge_agent.core import DaemonStatus, EngineInfo
+from edge_agent.core import EngineInfo
+from edge_agent.status import DaemonStatus
 from edge_agent.units import MIB
 
 

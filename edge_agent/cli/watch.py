@@ -14,8 +14,9 @@ from typing import Final, TextIO
 
 from edge_agent.cli.live_view import live_view
 from edge_agent.cli.output import connect, print_error, print_json
-from edge_agent.core import DaemonStatus, EngineInfo
+from edge_agent.core import EngineInfo
 from edge_agent.errors import EdgeAgentError, Unavailable
+from edge_agent.status import DaemonStatus
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
 
 RECONNECT_S: Final = 1.0

@@ -22,7 +22,6 @@ from edge_agent.client.wire import (
     typed_errors,
 )
 from edge_agent.core import (
-    DaemonStatus,
     EngineInfo,
     Event,
     HaltOutcome,
@@ -32,6 +31,7 @@ from edge_agent.core import (
     Tool,
     ToolResult,
 )
+from edge_agent.status import DaemonStatus
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
 from edge_agent.v1 import engine_service_pb2 as engine_pb
 from edge_agent.v1 import run_service_pb2 as run_pb

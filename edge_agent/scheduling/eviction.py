@@ -4,7 +4,6 @@ Strictly in the order of the queue: an engine that would fit is not loaded past 
 room, or the larger one would wait for ever.
 """
 
-import enum
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -21,25 +20,10 @@ from edge_agent.scheduling.pace import Demand
 from edge_agent.scheduling.queue import Key, StepQueue
 from edge_agent.scheduling.residents import Leak, Resident
 from edge_agent.scheduling.values import EngineFacts, Memory, QueuedStep, Rules
+from edge_agent.status import WaitReason
 
 _HORIZON_S = 60.0
 """An engine that is wanted again within this time should not have gone."""
-
-
-class WaitReason(enum.StrEnum):
-    """Why a step waits."""
-
-    PLACE = "PLACE"
-    TURN = "TURN"
-    HEAT = "HEAT"
-    LOADING = "LOADING"
-    OTHER_LOAD = "OTHER_LOAD"
-    DRAINING = "DRAINING"
-    UNLOADING = "UNLOADING"
-    RESIDENCY = "RESIDENCY"
-    LEASE = "LEASE"
-    ROOM = "ROOM"
-    PRESSURE = "PRESSURE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +145,7 @@ def _plan_victims(
         if name in scene.pins:
             continue
         if resident.state not in (EngineState.READY, EngineState.DRAINING):
-            return Blocked(plan.engine, _transition(resident), (name,))
+            return Blocked(plan.engine, WaitReason.TRANSITION, (name,), missing_bytes=missing)
         if resident.lease is not None:
             leased.append(name)
         elif _serves_sooner(scene, name, plan.key):
@@ -202,11 +186,6 @@ def _wait_for(
     if sooner:
         return Blocked(engine, WaitReason.TURN, tuple(sooner), None, missing)
     return Blocked(engine, WaitReason.ROOM, (), None, missing)
-
-
-def _transition(resident: Resident) -> WaitReason:
-    loading = resident.state is EngineState.LOADING
-    return WaitReason.OTHER_LOAD if loading else WaitReason.UNLOADING
 
 
 def _serves_sooner(scene: Scene, name: str, key: Key) -> bool:

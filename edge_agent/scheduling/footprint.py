@@ -7,23 +7,13 @@ nothing brings an engine below its weights, KV caches and recurrent state.
 from collections.abc import Sequence
 from typing import Final
 
-import msgspec
-
+from edge_agent.core import MeasuredLoad
 from edge_agent.engines.manifest import Manifest
 from edge_agent.scheduling.values import Footprint
 
 AGREEING: Final = 5
 _AGREE_SHARE: Final = 0.1
 """Measurements agree when they are within this share of the largest."""
-
-
-class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one load was seen to take; `source` says how, `measured_at_s` is Unix time."""
-
-    load_peak_bytes: int
-    steady_bytes: int
-    source: str
-    measured_at_s: float
 
 
 def kv_bytes(manifest: Manifest, slots: int, context_tokens: int) -> int:
@@ -52,7 +42,7 @@ def floor_bytes(manifest: Manifest, slots: int, context_tokens: int) -> int:
     return weights + kv_bytes(manifest, slots, context_tokens)
 
 
-def correct(estimated: Footprint, least_bytes: int, history: Sequence[Measurement]) -> Footprint:
+def correct(estimated: Footprint, least_bytes: int, history: Sequence[MeasuredLoad]) -> Footprint:
     """The estimate after these measurements, oldest first."""
     peak = _correct(estimated.load_peak_bytes, [each.load_peak_bytes for each in history])
     steady = _correct(estimated.steady_bytes, [each.steady_bytes for each in history])

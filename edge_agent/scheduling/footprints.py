@@ -5,7 +5,6 @@ be read is set aside and begun anew: it holds nothing that can't be measured aga
 """
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,10 +12,10 @@ import msgspec
 import structlog
 
 from edge_agent import durable
+from edge_agent.core import MeasuredLoad
 from edge_agent.engines import manifest as manifests
 from edge_agent.engines.manifest import Manifest
 from edge_agent.scheduling import footprint
-from edge_agent.scheduling.footprint import Measurement
 from edge_agent.scheduling.values import Footprint
 
 FOOTPRINTS: Final = "footprints.json"
@@ -33,7 +32,7 @@ class Footprints:
         """Read what is remembered; None: nothing is, and nothing is kept."""
         self._path = path
         self._device = device
-        self._known: dict[str, list[Measurement]] = _read(path) if path else {}
+        self._known: dict[str, list[MeasuredLoad]] = _read(path) if path else {}
         self._writing = asyncio.Lock()
 
     def of(self, manifest: Manifest, slots: int, context_tokens: int) -> Footprint:
@@ -44,12 +43,14 @@ class Footprints:
             self.history(manifest, slots, context_tokens),
         )
 
-    def history(self, manifest: Manifest, slots: int, context_tokens: int) -> Sequence[Measurement]:
+    def history(
+        self, manifest: Manifest, slots: int, context_tokens: int
+    ) -> tuple[MeasuredLoad, ...]:
         """What was measured, oldest first."""
         return tuple(self._known.get(self._key(manifest, slots, context_tokens), ()))
 
     async def record(
-        self, manifest: Manifest, slots: int, context_tokens: int, measured: Measurement
+        self, manifest: Manifest, slots: int, context_tokens: int, measured: MeasuredLoad
     ) -> None:
         """Remember one load's figures; a disk that does not take them is logged, and no more."""
         key = self._key(manifest, slots, context_tokens)
@@ -70,9 +71,9 @@ class Footprints:
         return f"{manifests.digest(manifest)} {slots}x{context_tokens} {self._device}"
 
 
-def _read(path: Path) -> dict[str, list[Measurement]]:
+def _read(path: Path) -> dict[str, list[MeasuredLoad]]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, list[Measurement]])
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, list[MeasuredLoad]])
     except FileNotFoundError:
         return {}
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:

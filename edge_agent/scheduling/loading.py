@@ -14,13 +14,13 @@ from pathlib import Path
 
 import structlog
 
+from edge_agent.core import MeasuredLoad
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.host import EngineHost, WorkerSettings
 from edge_agent.engines.manifest import Manifest
 from edge_agent.engines.protocol import Options
 from edge_agent.errors import LoadFailed, WorkerError
 from edge_agent.scheduling.failures import Failure, classify
-from edge_agent.scheduling.footprint import Measurement
 from edge_agent.scheduling.footprints import Footprints
 from edge_agent.scheduling.machine import Machine
 from edge_agent.scheduling.quarantine import Quarantine
@@ -59,7 +59,10 @@ class LoadingSettings:
 
 
 class Loader:
-    """Loads and unloads engines. `observed` is notified at each new view of the machine."""
+    """Loads and unloads engines. `observed` is notified at each new view of the machine.
+
+    `footprints` and `quarantine` are what it has learned of them.
+    """
 
     def __init__(
         self,
@@ -73,8 +76,8 @@ class Loader:
         """Nothing is loaded."""
         self._catalogue = catalogue
         self._machine = machine
-        self._footprints = footprints
-        self._quarantine = quarantine
+        self.footprints = footprints
+        self.quarantine = quarantine
         self._observed = observed
         self._new_host = new_host
 
@@ -114,7 +117,7 @@ class Loader:
             await self._unmark()
         measured = watch.measurement()
         if measured is not None:
-            await self._footprints.record(manifest, options.slots, options.context_tokens, measured)
+            await self.footprints.record(manifest, options.slots, options.context_tokens, measured)
         return watch.fallen_bytes
 
     async def unload(self, host: EngineHost, held_bytes: int, settings: LoadingSettings) -> int:
@@ -188,7 +191,7 @@ class Loader:
 
     async def _mark(self, manifest: Manifest) -> None:
         try:
-            await asyncio.to_thread(self._quarantine.begin, manifest)
+            await asyncio.to_thread(self.quarantine.begin, manifest)
         except OSError as error:
             raise LoadFailed(
                 f"engine {manifest.name}: no load without its marker on disk: {error}",
@@ -198,7 +201,7 @@ class Loader:
 
     async def _unmark(self) -> None:
         try:
-            await asyncio.to_thread(self._quarantine.end)
+            await asyncio.to_thread(self.quarantine.end)
         except OSError as error:
             log.error("load_marker_not_removed", error=str(error))
 
@@ -247,12 +250,12 @@ class _Footfall:
             self.fallen_bytes = max(0, self._before - available)
             self._peak_fallen = max(self._peak_fallen, self.fallen_bytes)
 
-    def measurement(self) -> Measurement | None:
+    def measurement(self) -> MeasuredLoad | None:
         if self._peak:
-            return Measurement(self._peak, self._steady, "process", time.time())
+            return MeasuredLoad(self._peak, self._steady, "process", time.time())
         if self._peak_fallen:
             peak, steady = self._peak_fallen, self.fallen_bytes
-            return Measurement(peak, steady, "available", time.time())
+            return MeasuredLoad(peak, steady, "available", time.time())
         return None
 
 

@@ -97,6 +97,10 @@ class Residency:
         name, state = manifest.name, self._state(manifest.name)
         hosted = self._hosted.get(name)
         history = self._histories.get(name, _History())
+        state_now = self._planner.state
+        leak = state_now.leaks.get(name)
+        shape = self._shape(manifest)
+        footprint = self._loader.footprints.of(manifest, *shape)
         return EngineInfo(
             name=name,
             digest=manifests.digest(manifest),
@@ -104,13 +108,17 @@ class Residency:
             state=state,
             context_tokens=(hosted.host if hosted else manifest).context_tokens,
             max_output_tokens=manifest.max_output_tokens,
-            load_peak_bytes=manifest.memory.load_peak_bytes,
-            steady_bytes=manifest.memory.steady_bytes,
+            load_peak_bytes=footprint.load_peak_bytes,
+            steady_bytes=footprint.steady_bytes,
             capabilities=manifest.capabilities,
             licence=manifest.licence,
             worker=self._worker(name, hosted.host) if hosted else None,
             error=None if state is EngineState.READY else history.error,
             load_progress=hosted.progress if hosted and state is EngineState.LOADING else None,
+            pinned=name in state_now.pins,
+            quarantined=self._loader.quarantine.refusal(manifest) is not None,
+            leaked_bytes=leak.missing_bytes if leak else 0,
+            measurements=self._loader.footprints.history(manifest, *shape),
         )
 
     def failed(self, name: str, error: LoadFailed) -> None:
@@ -254,6 +262,14 @@ class Residency:
             return EngineState.LEAKED
         failed = self._histories.get(name, _History()).error is not None
         return EngineState.FAILED if failed else EngineState.INSTALLED
+
+    def _shape(self, manifest: Manifest) -> tuple[int, int]:
+        """Slots and context, as configured; as in the manifest where that can't be."""
+        try:
+            options = self._settings().options(manifest)
+        except LoadFailed:
+            return manifest.slots, manifest.context_tokens
+        return options.slots, options.context_tokens
 
     def _worker(self, name: str, host: EngineHost) -> WorkerInfo:
         resident = self._planner.state.residents.get(name)

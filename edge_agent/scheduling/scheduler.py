@@ -27,6 +27,7 @@ from edge_agent.engines.host import EngineHost, OnText
 from edge_agent.engines.manifest import Manifest
 from edge_agent.engines.protocol import Options
 from edge_agent.errors import EdgeAgentError, LoadFailed, StepFailed, Unavailable, WorkerError
+from edge_agent.scheduling.explain import explain, memory_status
 from edge_agent.scheduling.footprints import Footprints
 from edge_agent.scheduling.loading import Loader, LoadingSettings, NewHost
 from edge_agent.scheduling.machine import Machine
@@ -50,6 +51,7 @@ from edge_agent.scheduling.values import (
     Start,
     Unload,
 )
+from edge_agent.status import MemoryStatus, StepWait
 from edge_agent.wakeup import Wakeup
 
 _DEFAULT_LOAD_S = 5.0
@@ -277,6 +279,20 @@ class Scheduler:
     def loaded_count(self) -> int:
         """Engines that have a process, on its way in or out included."""
         return len(self._residency)
+
+    def explain(self, run_id: str = "") -> tuple[StepWait, ...]:
+        """Why each waiting step waits, in the order in which they are expected to go."""
+        return explain(self._planner.state, self._now_s(), run_id)
+
+    def memory(self) -> MemoryStatus:
+        """What is left for engines."""
+        return memory_status(self._planner.state)
+
+    def step_counts(self) -> tuple[int, int]:
+        """How many steps wait and how many run."""
+        state = self._planner.state
+        running = sum(len(resident.running) for resident in state.residents.values())
+        return len(state.queue), running
 
     def preload(self, names: tuple[str, ...]) -> None:
         """Load these in the background; failures are logged and on the engine."""

@@ -40,6 +40,7 @@ LAYERS = {
     "": Layer.CORE,  # edge_agent itself: the version
     "core": Layer.CORE,
     "errors": Layer.CORE,
+    "status": Layer.CORE,
     "v1": Layer.CORE,
     "config": Layer.PURE,
     "durable": Layer.PURE,
@@ -59,6 +60,7 @@ LAYERS = {
     "scheduling.making_room": Layer.PURE,
     "scheduling.state": Layer.PURE,
     "scheduling.refusals": Layer.PURE,
+    "scheduling.explain": Layer.PURE,
     "scheduling.reserve": Layer.PURE,
     "scheduling.failures": Layer.PURE,
     "scheduling.footprint": Layer.PURE,
@@ -101,6 +103,7 @@ DECIDING = (
     "scheduling.making_room",
     "scheduling.state",
     "scheduling.refusals",
+    "scheduling.explain",
     "scheduling.reserve",
     "scheduling.failures",
     "scheduling.footprint",

@@ -13,8 +13,6 @@ from pathlib import Path
 from edge_agent.api.ports import RequestLimits
 from edge_agent.api.server import ApiServers
 from edge_agent.core import (
-    DaemonState,
-    DaemonStatus,
     EngineInfo,
     EngineState,
     Event,
@@ -45,6 +43,7 @@ from edge_agent.errors import (
     NotFound,
     Unavailable,
 )
+from edge_agent.status import DaemonState, DaemonStatus
 from edge_agent.telemetry.sampler import Sampler
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
 

@@ -138,5 +138,8 @@ class ToyBackend:
         likeliest = sorted(scores.items(), key=lambda item: -item[1])[:top]
         return NextToken(dict(likeliest), cached_tokens=len(self.rankings))
 
+    def drop_cache(self) -> None:
+        """None is kept."""
+
     def close(self) -> None:
         """Nothing to let go of."""

@@ -26,6 +26,7 @@ from edge_agent.errors import (
     Unsupported,
     WorkerError,
 )
+from edge_agent.status import DaemonState
 from edge_agent.v1 import engine_service_pb2 as engine_pb
 from edge_agent.v1 import run_service_pb2 as pb
 from edge_agent.v1 import system_service_pb2 as system_pb
@@ -651,7 +652,7 @@ class TestValuesThatOnlyANewerDaemonKnows:
         assert engine.state is core.EngineState.UNSPECIFIED
         told = system_pb.GetStatusResponse(state=UNKNOWN, runs={"RUNNING": 1, "A": 2, "B": 3})
         status = convert_client.status(told)
-        assert status.state is core.DaemonState.UNSPECIFIED
+        assert status.state is DaemonState.UNSPECIFIED
         assert status.runs == {RunState.RUNNING: 1, RunState.UNSPECIFIED: 5}
 
 

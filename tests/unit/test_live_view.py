@@ -8,7 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_agent.cli.live_view import MemoryParts, live_view, machine_lines, memory_bar
-from edge_agent.core import DaemonState, DaemonStatus, EngineInfo, EngineState, WorkerInfo
+from edge_agent.core import EngineInfo, EngineState, WorkerInfo
+from edge_agent.status import DaemonState, DaemonStatus
 from edge_agent.telemetry.reading import ReadingStatus
 from edge_agent.telemetry.sampler import Sampler
 from edge_agent.telemetry.snapshot import TelemetrySnapshot, ThrottleReason
