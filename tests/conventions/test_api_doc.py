@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "api.md").read_text()
 DATA: dict[str, Any] = yaml.safe_load((REPOSITORY / "docs" / "api.yaml").read_text())
 CALL_TIMEOUT_S = 60
+ENDLESS = ("WatchEngines", "WatchTelemetry")
 
 
 def load_generator() -> ModuleType:
@@ -201,12 +202,13 @@ def expected(name: str) -> tuple[str, ...]:
         "EngineService.UnloadEngine": ("ENGINE_STATE_INSTALLED",),
         "EngineService.WatchEngines": ("smollm2-135m-instruct",),
         "SystemService.GetStatus": ("DAEMON_STATE_READY",),
+        "SystemService.WatchTelemetry": ("availableBytes", "METRIC_STATUS_OK", "/proc/meminfo"),
         "SystemService.ReloadConfig": ("{}",),
     }[name]
 
 
 def run_example(command: str, daemon: DaemonProcess, more: Mapping[str, str]) -> str:
-    """What an example prints; the one that never ends is ended after its first message."""
+    """What an example prints; one that never ends is ended after its first message."""
     environ = {
         **os.environ,
         "PATH": f"{REPOSITORY / '.venv' / 'bin'}:{os.environ['PATH']}",
@@ -223,7 +225,7 @@ def run_example(command: str, daemon: DaemonProcess, more: Mapping[str, str]) ->
         text=True,
     ) as process:
         try:
-            if "WatchEngines" in command:
+            if any(call in command for call in ENDLESS):
                 assert process.stdout is not None
                 return "".join(iter(process.stdout.readline, "}\n"))
             stdout, stderr = process.communicate(timeout=CALL_TIMEOUT_S)
