@@ -10,8 +10,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import grpc
 import structlog
@@ -44,8 +43,7 @@ _Lookup: TypeAlias = (
 _Behaviour = Callable[[Any, Context], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class CallInfo:
+class CallInfo(NamedTuple):
     """Who makes a call, and on which socket."""
 
     method: str

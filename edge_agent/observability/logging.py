@@ -40,7 +40,8 @@ def configure(level: str, style: str) -> None:
         )
         return
     structlog.configure(
-        processors=[_render_json],
+        wrapper_class=_JsonLogger,
+        processors=[],
         logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
         cache_logger_on_first_use=True,
     )
@@ -55,11 +56,14 @@ def _drop_below_threshold(
     return event
 
 
-def _render_json(_logger: object, method: str, event: MutableMapping[str, Any]) -> bytes:
-    """All of the processors in one, since every call writes a line."""
-    event = _drop_below_threshold(_logger, method, event)
-    if "exc_info" in event:
-        event = structlog.processors.format_exc_info(_logger, method, event)
-    event["level"] = "error" if method == "exception" else method
-    event["timestamp"] = datetime.now(UTC)
-    return _encode(event)
+class _JsonLogger(structlog.make_filtering_bound_logger(logging.NOTSET)):  # type: ignore[misc]
+    """What structlog's chain of processors does, in one place: every call writes a line."""
+
+    def _proxy_to_logger(self, method: str, event: str | None = None, /, **fields: Any) -> None:
+        if _LEVELS[method] < _threshold:
+            return
+        if "exc_info" in fields:
+            fields = dict(structlog.processors.format_exc_info(self, method, fields))
+        line = {**self._context, **fields, "event": event, "level": method}
+        line["timestamp"] = datetime.now(UTC)
+        self._logger.msg(_encode(line))
