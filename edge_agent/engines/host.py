@@ -84,6 +84,8 @@ class EngineHost:
         self._channel = _Channel(self._take, self._hung_up)
         self._tasks: list[asyncio.Task[None]] = []
         self._heard_s = 0.0
+        self._gone = False
+        self._killed = False
         self._scratch = ""
         self.output: deque[str] = deque(maxlen=_OUTPUT_LINES)
 
@@ -98,9 +100,9 @@ class EngineHost:
         return len(self._sequences)
 
     @property
-    def exit_code(self) -> int | None:
-        """How the process ended, negative for a signal; None while it runs."""
-        return self._process.returncode if self._process else None
+    def own_exit_code(self) -> int | None:
+        """How the process ended, negative for a signal; None while it runs, or if we killed it."""
+        return self._process.returncode if self._process and not self._killed else None
 
     async def start(
         self, directory: Path, options: protocol.Options, on_progress: OnProgress
@@ -202,13 +204,12 @@ class EngineHost:
         process = self._process
         if process is not None:
             self._channel.send(protocol.Shutdown())
-            if self.load_s is None:  # native loading does not listen
+            if self.load_s is None and not self._gone:  # native loading does not listen
                 self.kill()
             try:
                 await asyncio.wait_for(process.wait(), timeout_s / 2)
             except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+                self.kill()
                 await self._prove_gone(process, timeout_s / 2)
         self._channel.close()
         if self._scratch:
@@ -232,7 +233,9 @@ class EngineHost:
     def kill(self) -> None:
         """End the process now; everything in it is lost."""
         if self._process is not None and self._process.returncode is None:
-            self._process.send_signal(signal.SIGKILL)
+            self._killed = True
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGKILL)
 
     def _take(self, message: protocol.ToDaemon) -> None:
         self._heard_s = time.monotonic()
@@ -274,6 +277,7 @@ class EngineHost:
         return sequence.ended
 
     def _hung_up(self) -> None:
+        self._gone = True
         self._lose(
             WorkerError(
                 f"the worker of {self.manifest.name} ended",

@@ -180,7 +180,7 @@ class Loader:
             raise LoadTrouble(error, Failure.OTHER) from None
         except LoadFailed as error:
             await self._end(host, settings)  # its last words tell why
-            failure = classify(error, host.output, host.exit_code)
+            failure = classify(error, host.output, host.own_exit_code)
             raise LoadTrouble(error, failure) from error
 
     async def _end(self, host: EngineHost, settings: LoadingSettings) -> None:

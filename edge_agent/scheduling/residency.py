@@ -20,7 +20,7 @@ from edge_agent.engines.manifest import Manifest
 from edge_agent.errors import LoadFailed, WorkerError
 from edge_agent.scheduling.failures import Failure, out_of_memory
 from edge_agent.scheduling.loading import Loader, LoadingSettings, LoadTrouble
-from edge_agent.scheduling.planner import Planner
+from edge_agent.scheduling.planner import LOST, Planner
 from edge_agent.scheduling.values import Refuse
 
 log = structlog.get_logger()
@@ -257,7 +257,7 @@ class Residency:
     def _state(self, name: str) -> EngineState:
         resident = self._planner.state.residents.get(name)
         if resident is not None:
-            return resident.state
+            return EngineState.FAILED if resident.why == LOST else resident.state
         if name in self._planner.state.leaks:
             return EngineState.LEAKED
         failed = self._histories.get(name, _History()).error is not None

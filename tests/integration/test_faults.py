@@ -106,7 +106,7 @@ def test_a_hung_worker_is_killed_and_its_runs_fail(engine_store):
         assert wait_gone(worker)
 
 
-def test_a_worker_killed_during_its_load_fails_the_runs_that_wait(engine_store, tmp_path):
+def test_a_worker_killed_twice_during_its_load_fails_the_runs_that_wait_for_want_of_memory(engine_store, tmp_path):
     gate, python = tmp_path / "gate", tmp_path / "python"
     os.mkfifo(gate)
     python.write_text(f'#!/bin/sh\necho $$ >"{gate}"\nexec sleep 60\n')
@@ -114,10 +114,13 @@ def test_a_worker_killed_during_its_load_fails_the_runs_that_wait(engine_store, 
     config = f"runs: {{default_engine: {ENGINE}}}\nworker: {{python: {{llama_cpp: {python}}}}}\n"
     with running_daemon(engine_store, config) as daemon, Connection(daemon.api_socket) as client:
         made = client.create(goal("Hello?"))
+        os.kill(int(gate.read_text()), signal.SIGKILL)  # as the kernel does when memory is short
         os.kill(int(gate.read_text()), signal.SIGKILL)
         run = client.end_of(made.id)
         assert run.state == run_pb.RUN_STATE_FAILED
-        assert run.error.reason == "ENGINE_LOAD_FAILED"
+        assert run.error.reason == "OUT_OF_MEMORY"
+        assert int(run.error.metadata["needed_bytes"]) >= 630_000_000
+        assert int(run.error.metadata["available_bytes"]) > 0
         assert engine_of(client, ENGINE).state == engine_pb.ENGINE_STATE_FAILED
 
 
@@ -143,7 +146,9 @@ def test_files_that_changed_size_are_refused_before_a_load(tmp_path, engine_stor
 
 
 def test_the_engine_used_longest_ago_makes_room(two_engines):
-    config = "runs: {default_engine: left}\nworker: {threads: 1}\n"
+    config = BASE_CONFIG.replace(ENGINE, "left") + (
+        "scheduling: {max_resident_engines: 1, min_residency: 100ms}\n"
+    )
     with running_daemon(two_engines, config) as daemon, Connection(daemon.api_socket) as client:
         pids: dict[str, int] = {}
         for name in ("left", "right", "left"):
