@@ -170,10 +170,11 @@ def report(
     *,
     more: Mapping[str, float],
     spreads: Mapping[str, str],
+    engine: str = ENGINE,
 ) -> None:
     """Print the table, what was missed, and last the JSON line."""
     host = machine()
-    print(f"\n{benchmark} on {host}; engine {ENGINE}, 1 thread")
+    print(f"\n{benchmark} on {host}; engine {engine}, 1 thread")
     print(f"{'':26}{'target':>10}{'measured':>11}  {'middle half':18}")
     missed = []
     for target in targets:
@@ -190,12 +191,14 @@ def report(
     for key, value in more.items():
         print(f"{key:26}{'':10}{value:>11.3f}  {spreads.get(key, '')}")
     print(f"missed: {', '.join(missed)}" if missed else "every target met")
-    print_line(benchmark, host, {**measured, **more})
+    print_line(benchmark, host, {**measured, **more}, engine=engine)
 
 
-def print_line(benchmark: str, host: str, values: Mapping[str, object]) -> None:
+def print_line(
+    benchmark: str, host: str, values: Mapping[str, object], *, engine: str = ENGINE
+) -> None:
     """The JSON line, which is a benchmark's last."""
-    line = {"benchmark": benchmark, "machine": host, "engine": ENGINE, **values}
+    line = {"benchmark": benchmark, "machine": host, "engine": engine, **values}
     print(json.dumps({key: _rounded(value) for key, value in line.items()}))
 
 

@@ -27,6 +27,17 @@ KEYS = {
         "create_run_ms_p99",
         "slow_reader_rss_mb",
     },
+    "scheduler": {
+        "floor_violations",
+        "urgent_deadline_misses",
+        "load_s_ratio_vs_bound",
+        "load_s_ratio_vs_best_peer",
+        "p99_wait_ratio_vs_best_peer",
+        "p99_wait_ratio_worst_class",
+        "starved",
+        "decision_us_p99",
+        "weeks_per_minute",
+    },
     "footprint": {"daemon_rss_mb", "ready_s", "idle_cpu_percent", "worker_overhead_mb"},
     "prefixes": {"cold_ms_0.3k", "warm_ms_0.3k", "first_ms_0.3k", "tool_ms_0.3k", "tokens_0.3k"},
 }
