@@ -166,6 +166,7 @@ class Scheduling(Section):
     load_timeout_s: Duration = Field(default=300.0, alias="load_timeout")
     unload_timeout_s: Duration = Field(default=10.0, alias="unload_timeout")
     memory_back_s: Duration = Field(default=5.0, alias="memory_back")
+    probe_interval_s: Duration | None = Field(default=30.0, alias="probe_interval")
 
 
 class Worker(Section):

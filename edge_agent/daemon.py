@@ -25,6 +25,7 @@ from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
 from edge_agent.scheduling.footprints import FOOTPRINTS, Footprints
 from edge_agent.scheduling.machine import TelemetryMachine
+from edge_agent.scheduling.probe import Probe, Stuck
 from edge_agent.scheduling.quarantine import Quarantine, read_boot_id
 from edge_agent.scheduling.scheduler import Scheduler
 from edge_agent.settings import (
@@ -135,6 +136,7 @@ class Daemon:
         self._started_s = time.time()
         self._started_monotonic_s = time.monotonic()
         self._draining = False
+        self._telling: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -159,6 +161,11 @@ class Daemon:
         )
         self._recorder = Recorder(self.telemetry)
         self._runs = Runs(self._scheduler, latch, run_settings(config), recorder=self._recorder)
+        self._probe = Probe(
+            self._scheduler,
+            lambda: self._file.config.scheduling.probe_interval_s,
+            self._health_changed,
+        )
         self._servers = ApiServers(
             file.locations.runtime_dir,
             runs=self._runs,
@@ -172,7 +179,7 @@ class Daemon:
         self._handle_signals()
         await self._servers.start()
         self._sampler.start()
-        watchdog = asyncio.create_task(self._feed_watchdog())
+        own = [asyncio.create_task(self._feed_watchdog()), asyncio.create_task(self._probe.run())]
         try:
             await self._servers.set_serving(serving=True)
             self._manager.ready(self._status_line())
@@ -190,7 +197,8 @@ class Daemon:
         finally:
             await self._scheduler.stop()
             self._sampler.stop()
-            watchdog.cancel()
+            for task in own:
+                task.cancel()
         log.info("daemon_stopped")
 
     def status(self) -> DaemonStatus:
@@ -278,6 +286,12 @@ class Daemon:
         self._recorder.observe(snapshot)
         self._scheduler.observe(self._machine.seen(snapshot))
 
+    def _health_changed(self, stuck: Stuck | None) -> None:
+        """Health says what the probe has found."""
+        if not self._draining:
+            self._telling = asyncio.create_task(self._servers.set_serving(serving=stuck is None))
+            self._manager.status(self._status_line())
+
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
 
@@ -314,6 +328,7 @@ class Daemon:
     def _look(self) -> tuple[tuple[str, ...], int]:
         """What is wrong, and how many engines are installed."""
         reasons = [self._file.problem] if self._file.problem else []
+        reasons += [self._probe.stuck.text] if self._probe.stuck else []
         try:
             installed, broken = self._catalogue.contents()
         except ManifestError as error:

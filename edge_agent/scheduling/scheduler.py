@@ -6,6 +6,7 @@ the daemon's loop, whose clock is the only one, and never blocks it.
 """
 
 import asyncio
+import dataclasses
 import itertools
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ from edge_agent.wakeup import Wakeup
 
 _DEFAULT_LOAD_S = 5.0
 """Of an engine that was never loaded here."""
-_DAEMON = "edge-agent"
+DAEMON = "edge-agent"
 """The client of what the daemon itself wants."""
 
 log = structlog.get_logger()
@@ -103,6 +104,8 @@ class Scheduler:
             Reports(self._progressed, self._carry_out, self._turn),
         )
         self._pending: dict[int, PendingStep] = {}
+        self._probe: PendingStep | None = None
+        self.moves = 0
         self._ids = itertools.count(1)
         self._changed = Wakeup()
         self._background: set[asyncio.Task[None]] = set()
@@ -167,6 +170,27 @@ class Scheduler:
         assert result is not None  # noqa: S101 - only steps that load end without one
         return result
 
+    async def probe(self, engine: str, request: StepRequest, origin: StepOrigin) -> None:
+        """Decide a step on an engine that is in memory, through the queue; it is never loaded.
+
+        Raises:
+            Unavailable: it is not in memory, or leaves before the step has a place.
+            EdgeAgentError: as `decide`.
+        """
+        _, options = self._know(engine)
+        step = queued_step(
+            next(self._ids),
+            engine,
+            request,
+            origin,
+            self._now_s(),
+            context_tokens=options.context_tokens,
+            max_output_tokens=1,
+        )
+        step = dataclasses.replace(step, probe=True)
+        self._probe = PendingStep(step, request, _ignore_text, _ignore_state)
+        await self._wait_for(self._probe)
+
     async def load(self, name: str) -> EngineInfo:
         """Load an engine, or wait for whoever does.
 
@@ -178,7 +202,7 @@ class Scheduler:
         step = QueuedStep(
             id=next(self._ids),
             engine=name,
-            client=_DAEMON,
+            client=DAEMON,
             priority=Priority.NORMAL,
             asked_s=now_s,
             need_tokens=0,
@@ -235,6 +259,8 @@ class Scheduler:
             FailedPrecondition: reason ENGINE_BUSY, steps use it or wait for it.
         """
         self._catalogue.get(name)
+        if self._probe is not None and self._probe.step.engine == name:
+            await asyncio.wait([self._probe.done])  # nobody is refused because of a probe
         if self._planner.unload(name):
             self._residency.begin_unload(name)
         await self._residency.unloaded(name)
@@ -339,6 +365,7 @@ class Scheduler:
             return
         self._deciding = True
         try:
+            self._end_homeless_probe()
             while actions := self._planner.decide(self._now_s()):
                 for action in actions:
                     self._carry_out(action)
@@ -347,6 +374,16 @@ class Scheduler:
         self._tell_waiting()
         self._set_timer()
         self._changed.notify()
+
+    def _end_homeless_probe(self) -> None:
+        """Before decisions are made: no engine is loaded for a probe."""
+        probe = self._probe
+        if probe is None or probe.done.done() or probe.sequence is not None:
+            return
+        resident = self._planner.state.residents.get(probe.step.engine)
+        if resident is None or resident.state is not EngineState.READY:
+            self._planner.withdraw(probe.step.id)
+            self._fail(probe, Unavailable(f"engine {probe.step.engine} is not in memory"))
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -405,6 +442,7 @@ class Scheduler:
         sequence.ended.add_done_callback(lambda ended: self._let_go(pending, ended))
 
     def _took_text(self, pending: PendingStep, text: str, tokens: int) -> None:
+        self.moves += 1
         self._planner.first_token(pending.step)
         pending.take_text(text, tokens)
 
@@ -422,6 +460,7 @@ class Scheduler:
             self._pending.pop(step.id, None)
             self._planner.ended(step, now_s, None)
         elif error is None:
+            self.moves += 1
             self._planner.ended(step, now_s, served(ended.result().usage))
             self._finish(pending, pending.result(ended.result()))
         elif pending.stopping and _was_stopped(error):
