@@ -27,7 +27,14 @@ from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.host import EngineHost, OnText
 from edge_agent.engines.manifest import Manifest
 from edge_agent.engines.protocol import Options
-from edge_agent.errors import EdgeAgentError, LoadFailed, StepFailed, Unavailable, WorkerError
+from edge_agent.errors import (
+    EdgeAgentError,
+    FailedPrecondition,
+    LoadFailed,
+    StepFailed,
+    Unavailable,
+    WorkerError,
+)
 from edge_agent.scheduling.explain import explain, memory_status
 from edge_agent.scheduling.footprints import Footprints
 from edge_agent.scheduling.loading import Loader, LoadingSettings, NewHost
@@ -109,6 +116,7 @@ class Scheduler:
         self._ids = itertools.count(1)
         self._changed = Wakeup()
         self._background: set[asyncio.Task[None]] = set()
+        self._releasing = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
         self._deciding = False
         self._stopping = False
@@ -259,8 +267,8 @@ class Scheduler:
             FailedPrecondition: reason ENGINE_BUSY, steps use it or wait for it.
         """
         self._catalogue.get(name)
-        if self._probe is not None and self._probe.step.engine == name:
-            await asyncio.wait([self._probe.done])  # nobody is refused because of a probe
+        while self._probe_runs_on(name):  # nobody is refused because of a probe
+            await self._changed.next()
         if self._planner.unload(name):
             self._residency.begin_unload(name)
         await self._residency.unloaded(name)
@@ -278,15 +286,23 @@ class Scheduler:
         self._turn()
         return self.engine(name)
 
-    def release(self, name: str) -> EngineInfo:
+    async def release(self, name: str) -> EngineInfo:
         """Forget what is held against an engine: boots that ended in its load, a leak.
 
         Raises:
             NotFound: not installed.
-            OSError: it could not be written.
+            FailedPrecondition: reason STATE_NOT_WRITABLE, the disk does not forget the boots.
         """
         manifest = self._catalogue.get(name)
-        self._quarantine.release(manifest)
+        async with self._releasing:
+            try:
+                await asyncio.to_thread(self._quarantine.release, manifest)
+            except OSError as error:
+                raise FailedPrecondition(
+                    f"engine {name}: the release could not be written, it stays as it is: {error}",
+                    reason="STATE_NOT_WRITABLE",
+                    metadata={"engine": name, "cause": str(error)},
+                ) from error
         self._planner.release(name)
         self._turn()
         return self.engine(name)
@@ -374,6 +390,10 @@ class Scheduler:
         self._tell_waiting()
         self._set_timer()
         self._changed.notify()
+
+    def _probe_runs_on(self, name: str) -> bool:
+        resident = self._planner.state.residents.get(name)
+        return bool(resident and self._probe and self._probe.step.id in resident.running)
 
     def _end_homeless_probe(self) -> None:
         """Before decisions are made: no engine is loaded for a probe."""
