@@ -14,7 +14,7 @@ from pathlib import Path
 
 import structlog
 
-from edge_agent import __version__, paths
+from edge_agent import __version__, memory_lock, paths
 from edge_agent.api.server import ApiServers
 from edge_agent.config import Config, load_config, needs_restart
 from edge_agent.engines.catalogue import Catalogue
@@ -371,6 +371,7 @@ def main(
     file = ConfigFile(locations, environ)
     file.start()
     logging.configure(file.config.log.level, file.config.log.format)
+    memory_lock.lock()
     if file.problem:
         log.error("config_degraded", problem=file.problem)
 

@@ -44,6 +44,7 @@ LAYERS = {
     "v1": Layer.CORE,
     "config": Layer.PURE,
     "durable": Layer.PURE,
+    "memory_lock": Layer.PURE,
     "notify": Layer.PURE,
     "paths": Layer.PURE,
     "strict_yaml": Layer.PURE,
