@@ -44,6 +44,7 @@ WHERE = {
     "engine": "an engine",
     "command": "a command",
     "client": "the Python client",
+    "log": "the daemon's log",
 }
 _FIELD = FieldDescriptorProto
 # Numbers of the fields on the way to a comment in SourceCodeInfo (descriptor.proto).

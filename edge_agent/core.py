@@ -324,8 +324,9 @@ class MeasuredLoad:
 class EngineInfo:
     """An installed engine as the daemon sees it.
 
-    `load_peak_bytes` and `steady_bytes` are what is reserved for it: estimated, and corrected by
-    `measurements` (oldest first). `leaked_bytes` did not come back from its last process.
+    `load_peak_bytes` and `steady_bytes` are what is reserved for it: what the manifest estimates
+    (`estimated_...`), corrected by `measurements` (oldest first). `leaked_bytes` did not come back
+    from its last process.
     """
 
     name: str
@@ -345,6 +346,8 @@ class EngineInfo:
     quarantined: bool = False
     leaked_bytes: int = 0
     measurements: tuple[MeasuredLoad, ...] = ()
+    estimated_load_peak_bytes: int = 0
+    estimated_steady_bytes: int = 0
 
 
 class HaltScope(enum.StrEnum):
@@ -401,6 +404,7 @@ class Run:
     error: RunError | None = None
     usage: Usage = field(default_factory=Usage)
     telemetry: RunTelemetry | None = None
+    priority: Priority = Priority.NORMAL
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from edge_agent.core import Halt, Priority, RunState
 
 
 class WaitReason(enum.StrEnum):
-    """Why a step waits.
+    """Why a step waits. UNSPECIFIED as in `core.RunState`.
 
     PLACE: all places of its engine are taken. HEAT: fewer places are given out while the machine
     is warm. TURN: steps whose turn is sooner go first. LOADING: its engine is on its way into
@@ -18,6 +18,7 @@ class WaitReason(enum.StrEnum):
     goes. PRESSURE: memory is below a floor, so nothing is loaded.
     """
 
+    UNSPECIFIED = "UNSPECIFIED"
     PLACE = "PLACE"
     HEAT = "HEAT"
     TURN = "TURN"
@@ -58,7 +59,8 @@ class MemoryStatus:
     """What is left for engines, in bytes. None: nobody knows, or there is no such limit.
 
     `kept_bytes` is what engines must leave alone now: the reserve, or what others use and the soft
-    floor. `room_bytes` is what one more engine may take. `level` is NORMAL, SOFT or HARD.
+    floor. `room_bytes` is what one more engine may take. `level` is NORMAL, SOFT or HARD, or
+    UNSPECIFIED as in `core.RunState`.
     """
 
     total_bytes: int

@@ -1,12 +1,13 @@
 """The client's half of the conversions: requests from core values, core values from responses.
 
 Owns `RunOptions`, a run's spec in which everything may be left to the daemon, and what becomes of
-values that only a newer daemon knows. Checks nothing: the daemon does. Knows no channel.
+values that only a newer daemon knows; `convert_engine` owns the engines. Checks nothing: the daemon
+does. Knows no channel.
 
 An event of an unknown kind is passed over; an unknown state or finish reason is UNSPECIFIED. Where
 a robot acts on the value it is the one that is safe: a run that has ended in an unknown state is
 OUTCOME_UNKNOWN, a Halt of an unknown scope may cover ALL. A message of an unknown role is the
-ASSISTANT's: a transcript holds what the model and the tools said.
+ASSISTANT's: a transcript holds what the model and the tools said. An unknown priority is NORMAL.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,8 +17,8 @@ from edge_agent import core
 from edge_agent.api import convert_response
 from edge_agent.api.convert_telemetry import run_telemetry
 from edge_agent.api.spans import seconds
-from edge_agent.status import DaemonState, DaemonStatus
-from edge_agent.v1 import engine_service_pb2, run_service_pb2, system_service_pb2, types_pb2
+from edge_agent.status import DaemonState, DaemonStatus, MemoryStatus
+from edge_agent.v1 import run_service_pb2, system_service_pb2, types_pb2
 
 _ROLES = {types_pb2.Role.Value(f"ROLE_{role.name}"): role for role in core.Role}
 _RUN_STATES = {
@@ -27,10 +28,10 @@ _FINISH_REASONS = {reason.value: reason for reason in core.FinishReason}
 _SCOPES = {
     run_service_pb2.HaltScope.Value(f"HALT_SCOPE_{scope}"): scope for scope in core.HaltScope
 }
-_ENGINE_STATES = {
-    engine_service_pb2.EngineState.Value(f"ENGINE_STATE_{state}"): state
-    for state in core.EngineState
+_PRIORITIES = {
+    run_service_pb2.Priority.Value(f"PRIORITY_{priority}"): priority for priority in core.Priority
 }
+_LEVELS = {value: name[13:] for name, value in system_service_pb2.MemoryLevel.items()}
 _DAEMON_STATES = {
     system_service_pb2.DaemonState.Value(f"DAEMON_STATE_{state}"): state for state in DaemonState
 }
@@ -53,6 +54,7 @@ class RunOptions(TypedDict, total=False):
     seed: int
     timeout_s: float
     agent: str
+    priority: core.Priority
 
 
 def run_spec(
@@ -79,6 +81,9 @@ def run_spec(
         ),
         timeout=convert_response.duration(options.get("timeout_s")),
         agent=options.get("agent", ""),
+        priority=convert_response.PRIORITIES[options["priority"]]
+        if "priority" in options
+        else run_service_pb2.PRIORITY_UNSPECIFIED,
     )
 
 
@@ -127,10 +132,16 @@ def run(value: run_service_pb2.Run) -> core.Run:
         open_tool_calls=tuple(_tool_call(call) for call in value.open_tool_calls),
         partial_text=value.partial_text,
         answer=value.answer if value.HasField("answer") else None,
-        error=_run_error(value.error) if value.HasField("error") else None,
+        error=run_error(value.error) if value.HasField("error") else None,
         usage=_usage(value.usage),
         telemetry=run_telemetry(value.telemetry) if value.HasField("telemetry") else None,
+        priority=priority(value.priority),
     )
+
+
+def priority(value: "run_service_pb2.Priority.ValueType") -> core.Priority:
+    """How soon a run's steps go."""
+    return _PRIORITIES.get(value, core.Priority.NORMAL)
 
 
 def event(value: run_service_pb2.RunEvent) -> core.Event | None:
@@ -170,34 +181,6 @@ def list_request(
     return run_service_pb2.ListRunsRequest(states=wire_states, page_token=page_token)
 
 
-def engine(value: engine_service_pb2.Engine) -> core.EngineInfo:
-    """An installed engine."""
-    worker = value.worker
-    return core.EngineInfo(
-        name=value.name,
-        digest=value.digest,
-        backend=value.backend,
-        state=_ENGINE_STATES.get(value.state, core.EngineState.UNSPECIFIED),
-        context_tokens=value.context_tokens,
-        max_output_tokens=value.max_output_tokens,
-        load_peak_bytes=value.load_peak_bytes,
-        steady_bytes=value.steady_bytes,
-        capabilities=tuple(value.capabilities),
-        licence=value.licence,
-        worker=core.WorkerInfo(
-            pid=worker.pid,
-            slots=worker.slots,
-            active_steps=worker.active_steps,
-            waiting_steps=worker.waiting_steps,
-            load_s=seconds(worker.load_time) if worker.HasField("load_time") else None,
-        )
-        if value.HasField("worker")
-        else None,
-        error=_run_error(value.error) if value.HasField("error") else None,
-        load_progress=value.load_progress if value.HasField("load_progress") else None,
-    )
-
-
 def status(value: system_service_pb2.GetStatusResponse) -> DaemonStatus:
     """The daemon as a whole."""
     return DaemonStatus(
@@ -213,7 +196,15 @@ def status(value: system_service_pb2.GetStatusResponse) -> DaemonStatus:
         max_resident_engines=value.max_resident_engines,
         halts=tuple(halt(latched) for latched in value.halts),
         config_path=value.config_path,
+        memory=_memory(value.memory) if value.HasField("memory") else None,
+        waiting_steps=value.waiting_steps,
+        running_steps=value.running_steps,
     )
+
+
+def run_error(value: types_pb2.RunError) -> core.RunError:
+    """Why something ended as it did."""
+    return core.RunError(value.reason, value.message, value.retryable, dict(value.metadata))
 
 
 def _body(value: run_service_pb2.RunEvent) -> core.EventBody | None:  # noqa: PLR0911 - one a kind
@@ -236,7 +227,7 @@ def _body(value: run_service_pb2.RunEvent) -> core.EventBody | None:  # noqa: PL
             return _step_finished(value.step_finished)
         case "cancel_tool":
             cancel = value.cancel_tool
-            return core.CancelTool(cancel.tool_call_id, _run_error(cancel.reason))
+            return core.CancelTool(cancel.tool_call_id, run_error(cancel.reason))
         case "run_finished":
             return core.RunFinished(run(value.run_finished.run))
         case _:
@@ -308,8 +299,21 @@ def _tool_result(value: types_pb2.ToolResult) -> core.ToolResult:
     return core.ToolResult(value.tool_call_id, _parts(value.parts), value.is_error, value.cancelled)
 
 
-def _run_error(value: types_pb2.RunError) -> core.RunError:
-    return core.RunError(value.reason, value.message, value.retryable, dict(value.metadata))
+def _memory(value: system_service_pb2.MemoryStatus) -> MemoryStatus:
+    return MemoryStatus(
+        total_bytes=value.total_bytes,
+        available_bytes=value.available_bytes if value.HasField("available_bytes") else None,
+        reserve_bytes=value.reserve_bytes,
+        budget_bytes=value.budget_bytes if value.HasField("budget_bytes") else None,
+        soft_floor_bytes=value.soft_floor_bytes,
+        hard_floor_bytes=value.hard_floor_bytes,
+        kept_bytes=value.kept_bytes,
+        committed_bytes=value.committed_bytes,
+        held_bytes=value.held_bytes,
+        leaked_bytes=value.leaked_bytes,
+        room_bytes=value.room_bytes,
+        level=_LEVELS.get(value.level, "UNSPECIFIED"),
+    )
 
 
 def _usage(value: types_pb2.Usage) -> core.Usage:

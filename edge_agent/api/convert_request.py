@@ -16,6 +16,7 @@ from edge_agent.core import (
     Limits,
     Message,
     Part,
+    Priority,
     Role,
     RunSpec,
     RunState,
@@ -26,7 +27,7 @@ from edge_agent.core import (
     ToolExample,
     ToolResult,
 )
-from edge_agent.v1 import run_service_pb2, types_pb2
+from edge_agent.v1 import engine_service_pb2, run_service_pb2, types_pb2
 
 NO_ARGUMENTS = '{"type":"object","properties":{},"additionalProperties":false}'
 DEFAULT_PAGE_SIZE = 100
@@ -51,6 +52,9 @@ _STATES = {value: RunState[name[10:]] for name, value in run_service_pb2.RunStat
 _SCOPES = {
     value: HaltScope[name[11:]] for name, value in run_service_pb2.HaltScope.items() if value
 }
+_PRIORITIES = {
+    value: Priority[name[9:]] for name, value in run_service_pb2.Priority.items() if value
+} | {run_service_pb2.PRIORITY_UNSPECIFIED: Priority.NORMAL}
 
 
 def run_request(
@@ -113,6 +117,11 @@ def run_id(value: str) -> str:
     return name(value, "run_id")
 
 
+def explained_run(request: engine_service_pb2.ExplainRequest) -> str:
+    """The run whose waiting steps are asked for; empty: all. Raises InvalidRequest."""
+    return run_id(request.run_id) if request.HasField("run_id") else ""
+
+
 def name(value: str, path: str = "name") -> str:
     """A name or id: neither empty nor long. Raises InvalidRequest."""
     found = Violations()
@@ -170,6 +179,10 @@ def _spec(
         )
     found.text(f"{path}.engine", spec.engine, max_bytes=MAX_NAME_BYTES)
     found.text(f"{path}.agent", spec.agent, max_bytes=MAX_NAME_BYTES)
+    priority = _PRIORITIES.get(spec.priority)
+    if priority is None:
+        known = ", ".join(Priority)
+        found.add(f"{path}.priority", f"{spec.priority} is no priority, one of {known} expected")
     if spec.output_schema_json:
         _schema(spec.output_schema_json, found, f"{path}.output_schema_json")
     timeout_s = None
@@ -188,6 +201,7 @@ def _spec(
         output_schema_json=spec.output_schema_json,
         sampling=_sampling(spec.sampling, found, f"{path}.sampling"),
         agent=spec.agent,
+        priority=priority or Priority.NORMAL,
     )
 
 

@@ -1,7 +1,7 @@
 """From core values to messages.
 
-Owns how runs, events, engines, Halts and the daemon's status look on the wire. Checks nothing:
-core values are right already.
+Owns how runs, events, Halts and the daemon's status look on the wire; `convert_engine` owns the
+engines. Checks nothing: core values are right already.
 """
 
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from edge_agent import core
 from edge_agent.api.convert_telemetry import fill_run_telemetry
 from edge_agent.api.spans import filled
-from edge_agent.status import DaemonState, DaemonStatus
-from edge_agent.v1 import engine_service_pb2, run_service_pb2, system_service_pb2, types_pb2
+from edge_agent.status import DaemonState, DaemonStatus, MemoryStatus
+from edge_agent.v1 import run_service_pb2, system_service_pb2, types_pb2
 
 _ROLES = {
     core.Role.SYSTEM: types_pb2.ROLE_SYSTEM,
@@ -25,9 +25,8 @@ _STATES = {state: run_service_pb2.RunState.Value(f"RUN_STATE_{state}") for state
 _SCOPES = {
     scope: run_service_pb2.HaltScope.Value(f"HALT_SCOPE_{scope}") for scope in core.HaltScope
 }
-_ENGINE_STATES = {
-    state: engine_service_pb2.EngineState.Value(f"ENGINE_STATE_{state}")
-    for state in core.EngineState
+PRIORITIES = {
+    priority: run_service_pb2.Priority.Value(f"PRIORITY_{priority}") for priority in core.Priority
 }
 _DAEMON_STATES = {
     state: system_service_pb2.DaemonState.Value(f"DAEMON_STATE_{state}") for state in DaemonState
@@ -118,6 +117,7 @@ def fill_run(target: run_service_pb2.Run, value: core.Run, *, with_transcript: b
     target.sequence = value.sequence
     if value.telemetry is not None:
         fill_run_telemetry(target.telemetry, value.telemetry)
+    target.priority = PRIORITIES[value.priority]
 
 
 def fill_event(target: run_service_pb2.RunEvent, event: core.Event) -> None:
@@ -160,26 +160,6 @@ def halt(value: core.Halt) -> run_service_pb2.HaltRecord:
     )
 
 
-def engine(info: core.EngineInfo) -> engine_service_pb2.Engine:
-    """An installed engine."""
-    worker = info.worker
-    return engine_service_pb2.Engine(
-        name=info.name,
-        digest=info.digest,
-        backend=info.backend,
-        state=_ENGINE_STATES[info.state],
-        context_tokens=info.context_tokens,
-        max_output_tokens=info.max_output_tokens,
-        load_peak_bytes=info.load_peak_bytes,
-        steady_bytes=info.steady_bytes,
-        capabilities=info.capabilities,
-        licence=info.licence,
-        worker=None if worker is None else _worker(worker),
-        error=run_error(info.error),
-        load_progress=info.load_progress,
-    )
-
-
 def status(value: DaemonStatus) -> system_service_pb2.GetStatusResponse:
     """The daemon as a whole."""
     return system_service_pb2.GetStatusResponse(
@@ -195,6 +175,27 @@ def status(value: DaemonStatus) -> system_service_pb2.GetStatusResponse:
         max_resident_engines=value.max_resident_engines,
         halts=[halt(latched) for latched in value.halts],
         config_path=value.config_path,
+        memory=None if value.memory is None else memory(value.memory),
+        waiting_steps=value.waiting_steps,
+        running_steps=value.running_steps,
+    )
+
+
+def memory(value: MemoryStatus) -> system_service_pb2.MemoryStatus:
+    """What is left for engines."""
+    return system_service_pb2.MemoryStatus(
+        total_bytes=value.total_bytes,
+        available_bytes=value.available_bytes,
+        reserve_bytes=value.reserve_bytes,
+        budget_bytes=value.budget_bytes,
+        soft_floor_bytes=value.soft_floor_bytes,
+        hard_floor_bytes=value.hard_floor_bytes,
+        kept_bytes=value.kept_bytes,
+        committed_bytes=value.committed_bytes,
+        held_bytes=value.held_bytes,
+        leaked_bytes=value.leaked_bytes,
+        room_bytes=value.room_bytes,
+        level=system_service_pb2.MemoryLevel.Value(f"MEMORY_LEVEL_{value.level}"),
     )
 
 
@@ -244,14 +245,4 @@ def _step_finished(value: core.StepFinished) -> run_service_pb2.StepFinished:
         usage=usage(value.usage),
         finish_reason=value.finish_reason,
         tool_margin=value.tool_margin,
-    )
-
-
-def _worker(value: core.WorkerInfo) -> engine_service_pb2.Worker:
-    return engine_service_pb2.Worker(
-        pid=value.pid,
-        slots=value.slots,
-        active_steps=value.active_steps,
-        waiting_steps=value.waiting_steps,
-        load_time=duration(value.load_s),
     )

@@ -26,6 +26,8 @@ ADMIN_ONLY = frozenset(
     {
         "/edge_agent.v1.EngineService/LoadEngine",
         "/edge_agent.v1.EngineService/UnloadEngine",
+        "/edge_agent.v1.EngineService/PinEngine",
+        "/edge_agent.v1.EngineService/ReleaseEngine",
         "/edge_agent.v1.SystemService/ReloadConfig",
         "/edge_agent.v1.SystemService/Drain",
     }

@@ -21,7 +21,7 @@ from edge_agent.core import (
     RunState,
     ToolResult,
 )
-from edge_agent.status import DaemonStatus
+from edge_agent.status import DaemonStatus, StepWait
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
 
 
@@ -127,6 +127,23 @@ class EnginesPort(Protocol):
             NotFound: no such engine.
             FailedPrecondition: runs use it.
         """
+        ...
+
+    def pin(self, name: str, *, pinned: bool) -> EngineInfo:
+        """Keep an engine in memory once it is loaded, or let it go again. Raises NotFound."""
+        ...
+
+    async def release(self, name: str) -> EngineInfo:
+        """Forget what is held against an engine.
+
+        Raises:
+            NotFound: no such engine.
+            FailedPrecondition: the disk does not forget it.
+        """
+        ...
+
+    def explain(self, run_id: str = "") -> tuple[StepWait, ...]:
+        """Why each waiting step waits, of this run or of all; the first to go first."""
         ...
 
     def watch(self) -> AsyncIterator[EngineInfo]:

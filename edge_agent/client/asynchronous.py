@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from edge_agent.api import convert_client as convert
-from edge_agent.api import convert_response, convert_telemetry
+from edge_agent.api import convert_engine, convert_response, convert_telemetry
 from edge_agent.api.convert_client import RunOptions
 from edge_agent.client.toolbox import Toolbox, Tools
 from edge_agent.client.wire import (
@@ -31,7 +31,7 @@ from edge_agent.core import (
     Tool,
     ToolResult,
 )
-from edge_agent.status import DaemonStatus
+from edge_agent.status import DaemonStatus, StepWait
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
 from edge_agent.v1 import engine_service_pb2 as engine_pb
 from edge_agent.v1 import run_service_pb2 as run_pb
@@ -158,17 +158,49 @@ class AsyncClient:
     async def engines(self) -> tuple[EngineInfo, ...]:
         """All installed engines."""
         response = await self._call(self._engines.ListEngines, engine_pb.ListEnginesRequest())
-        return tuple(map(convert.engine, response.engines))
+        return tuple(map(convert_engine.engine_info, response.engines))
+
+    async def engine(self, name: str) -> EngineInfo:
+        """One installed engine."""
+        request = engine_pb.GetEngineRequest(name=name)
+        return convert_engine.engine_info(
+            (await self._call(self._engines.GetEngine, request)).engine
+        )
 
     async def load(self, name: str) -> EngineInfo:
         """Bring an engine into memory; admin.sock only."""
         request = engine_pb.LoadEngineRequest(name=name)
-        return convert.engine((await self._call(self._engines.LoadEngine, request)).engine)
+        return convert_engine.engine_info(
+            (await self._call(self._engines.LoadEngine, request)).engine
+        )
 
     async def unload(self, name: str) -> EngineInfo:
         """Take an engine out of memory; admin.sock only."""
         request = engine_pb.UnloadEngineRequest(name=name)
-        return convert.engine((await self._call(self._engines.UnloadEngine, request)).engine)
+        return convert_engine.engine_info(
+            (await self._call(self._engines.UnloadEngine, request)).engine
+        )
+
+    async def pin(self, name: str, *, pinned: bool = True) -> EngineInfo:
+        """Keep an engine in memory once it is loaded, or let it go again; admin.sock only."""
+        request = engine_pb.PinEngineRequest(name=name, pinned=pinned)
+        return convert_engine.engine_info(
+            (await self._call(self._engines.PinEngine, request)).engine
+        )
+
+    async def release(self, name: str) -> EngineInfo:
+        """Forget what is held against an engine: its quarantine, a leak; admin.sock only."""
+        request = engine_pb.ReleaseEngineRequest(name=name)
+        return convert_engine.engine_info(
+            (await self._call(self._engines.ReleaseEngine, request)).engine
+        )
+
+    async def explain(self, run_id: str = "") -> tuple[StepWait, ...]:
+        """Why each waiting step waits, of one run or of all; the first to go first."""
+        request = convert_engine.explain_request(run_id)
+        return tuple(
+            map(convert_engine.step_wait, (await self._call(self._engines.Explain, request)).waits)
+        )
 
     async def status(self) -> DaemonStatus:
         """The daemon as a whole."""

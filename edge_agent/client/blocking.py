@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from edge_agent.api import convert_client as convert
-from edge_agent.api import convert_response, convert_telemetry
+from edge_agent.api import convert_engine, convert_response, convert_telemetry
 from edge_agent.api.convert_client import RunOptions
 from edge_agent.client.toolbox import Toolbox, Tools
 from edge_agent.client.wire import (
@@ -33,7 +33,7 @@ from edge_agent.core import (
     Tool,
     ToolResult,
 )
-from edge_agent.status import DaemonStatus
+from edge_agent.status import DaemonStatus, StepWait
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
 from edge_agent.v1 import engine_service_pb2 as engine_pb
 from edge_agent.v1 import run_service_pb2 as run_pb
@@ -161,17 +161,39 @@ class Client:
     def engines(self) -> tuple[EngineInfo, ...]:
         """All installed engines."""
         response = self._call(self._engines.ListEngines, engine_pb.ListEnginesRequest())
-        return tuple(map(convert.engine, response.engines))
+        return tuple(map(convert_engine.engine_info, response.engines))
+
+    def engine(self, name: str) -> EngineInfo:
+        """One installed engine."""
+        request = engine_pb.GetEngineRequest(name=name)
+        return convert_engine.engine_info(self._call(self._engines.GetEngine, request).engine)
 
     def load(self, name: str) -> EngineInfo:
         """Bring an engine into memory; admin.sock only."""
         request = engine_pb.LoadEngineRequest(name=name)
-        return convert.engine(self._call(self._engines.LoadEngine, request).engine)
+        return convert_engine.engine_info(self._call(self._engines.LoadEngine, request).engine)
 
     def unload(self, name: str) -> EngineInfo:
         """Take an engine out of memory; admin.sock only."""
         request = engine_pb.UnloadEngineRequest(name=name)
-        return convert.engine(self._call(self._engines.UnloadEngine, request).engine)
+        return convert_engine.engine_info(self._call(self._engines.UnloadEngine, request).engine)
+
+    def pin(self, name: str, *, pinned: bool = True) -> EngineInfo:
+        """Keep an engine in memory once it is loaded, or let it go again; admin.sock only."""
+        request = engine_pb.PinEngineRequest(name=name, pinned=pinned)
+        return convert_engine.engine_info(self._call(self._engines.PinEngine, request).engine)
+
+    def release(self, name: str) -> EngineInfo:
+        """Forget what is held against an engine: its quarantine, a leak; admin.sock only."""
+        request = engine_pb.ReleaseEngineRequest(name=name)
+        return convert_engine.engine_info(self._call(self._engines.ReleaseEngine, request).engine)
+
+    def explain(self, run_id: str = "") -> tuple[StepWait, ...]:
+        """Why each waiting step waits, of one run or of all; the first to go first."""
+        request = convert_engine.explain_request(run_id)
+        return tuple(
+            map(convert_engine.step_wait, self._call(self._engines.Explain, request).waits)
+        )
 
     def status(self) -> DaemonStatus:
         """The daemon as a whole."""

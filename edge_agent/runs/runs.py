@@ -108,6 +108,7 @@ class Runs:
             engine=spec.engine,
             state=RunState.QUEUED,
             created_at_s=time.time(),
+            priority=spec.priority,
         )
         recording = self._recorder.begin() if self._recorder else None
         live = LiveRun(run, spec)

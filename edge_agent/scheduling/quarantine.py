@@ -67,14 +67,20 @@ class Quarantine:
         )
 
     def release(self, manifest: Manifest) -> bool:
-        """Let an engine load again; False when nothing was held against it.
+        """Let an engine load again; False when nothing was held against it. Blocks.
 
         Raises:
             OSError: it could not be written.
         """
-        if self._suspects.pop(manifests.digest(manifest), None) is None:
+        digest = manifests.digest(manifest)
+        suspect = self._suspects.pop(digest, None)
+        if suspect is None:
             return False
-        self._keep()
+        try:
+            self._keep()
+        except OSError:  # a restart would remember it, so it stays
+            self._suspects[digest] = suspect
+            raise
         return True
 
     def begin(self, manifest: Manifest) -> None:

@@ -19,6 +19,7 @@ from edge_agent.engines.host import EngineHost
 from edge_agent.engines.manifest import Manifest
 from edge_agent.errors import LoadFailed, WorkerError
 from edge_agent.scheduling.failures import Failure, out_of_memory
+from edge_agent.scheduling.footprint import estimate
 from edge_agent.scheduling.loading import Loader, LoadingSettings, LoadTrouble
 from edge_agent.scheduling.planner import LOST, Planner
 from edge_agent.scheduling.values import Refuse
@@ -100,6 +101,7 @@ class Residency:
         state_now = self._planner.state
         leak = state_now.leaks.get(name)
         shape = self._shape(manifest)
+        estimated = estimate(manifest, *shape)
         footprint = self._loader.footprints.of(manifest, *shape)
         return EngineInfo(
             name=name,
@@ -119,6 +121,8 @@ class Residency:
             quarantined=self._loader.quarantine.refusal(manifest) is not None,
             leaked_bytes=leak.missing_bytes if leak else 0,
             measurements=self._loader.footprints.history(manifest, *shape),
+            estimated_load_peak_bytes=estimated.load_peak_bytes,
+            estimated_steady_bytes=estimated.steady_bytes,
         )
 
     def failed(self, name: str, error: LoadFailed) -> None:

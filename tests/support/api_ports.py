@@ -43,7 +43,7 @@ from edge_agent.errors import (
     NotFound,
     Unavailable,
 )
-from edge_agent.status import DaemonState, DaemonStatus
+from edge_agent.status import DaemonState, DaemonStatus, StepWait
 from edge_agent.telemetry.sampler import Sampler
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
 
@@ -130,6 +130,7 @@ class MemoryRuns:
             return self._runs[known]
         run_id = f"run-{len(self._runs) + 1}"
         run = Run(run_id, request_id, client, spec.agent, spec.engine, RunState.QUEUED, 1.5)
+        run = replace(run, priority=spec.priority)
         self._runs[run_id], self._events[run_id], self.specs[run_id] = run, [], spec
         if request_id:
             self._by_request[request_id] = run_id
@@ -245,11 +246,12 @@ class EdgeThread:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self.runs = self._make_runs()
+        self.engines = MemoryEngines()
         self.daemon = MemoryDaemon(self.runs)
         servers = ApiServers(
             self._runtime_dir,
             runs=self.runs,
-            engines=MemoryEngines(),
+            engines=self.engines,
             daemon=self.daemon,
             limits=lambda: LIMITS,
         )
@@ -260,9 +262,10 @@ class EdgeThread:
 
 
 class MemoryEngines:
-    """An EnginesPort with one engine, `small`."""
+    """An EnginesPort with one engine, `small`. `waits` is what its test says."""
 
     def __init__(self) -> None:
+        self.waits: tuple[StepWait, ...] = ()
         self._info = EngineInfo(
             name="small",
             digest="d" * 64,
@@ -296,6 +299,17 @@ class MemoryEngines:
         self._info = replace(self.engine(name), state=EngineState.INSTALLED, worker=None)
         self._changes.put_nowait(self._info)
         return self._info
+
+    def pin(self, name: str, *, pinned: bool) -> EngineInfo:
+        self._info = replace(self.engine(name), pinned=pinned)
+        return self._info
+
+    async def release(self, name: str) -> EngineInfo:
+        self._info = replace(self.engine(name), quarantined=False, leaked_bytes=0)
+        return self._info
+
+    def explain(self, run_id: str = "") -> tuple[StepWait, ...]:
+        return tuple(each for each in self.waits if run_id in ("", each.run_id))
 
     async def watch(self) -> AsyncIterator[EngineInfo]:
         yield self._info

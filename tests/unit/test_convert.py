@@ -26,8 +26,7 @@ from edge_agent.errors import (
     Unsupported,
     WorkerError,
 )
-from edge_agent.status import DaemonState
-from edge_agent.v1 import engine_service_pb2 as engine_pb
+from edge_agent.status import DaemonState, DaemonStatus, MemoryStatus
 from edge_agent.v1 import run_service_pb2 as pb
 from edge_agent.v1 import system_service_pb2 as system_pb
 from edge_agent.v1 import types_pb2 as t
@@ -581,6 +580,7 @@ runs = st.builds(
     answer=st.none() | names,
     error=st.none() | errors,
     usage=usages,
+    priority=st.sampled_from(core.Priority),
 )
 results_ = st.builds(core.ToolResult, names, parts, st.booleans(), st.booleans())
 bodies = st.one_of(
@@ -647,12 +647,18 @@ class TestValuesThatOnlyANewerDaemonKnows:
         latched = convert_client.halt(pb.HaltRecord(halt_id="h", scope=UNKNOWN, target="x"))
         assert (latched.scope, latched.target) == (HaltScope.ALL, "x")
 
-    def test_an_engine_and_a_daemon_are_told(self):
-        engine = convert_client.engine(engine_pb.Engine(name="small", state=UNKNOWN))
-        assert engine.state is core.EngineState.UNSPECIFIED
+    def test_a_run_of_such_a_priority_is_a_normal_one(self):
+        assert convert_client.run(pb.Run(priority=UNKNOWN)).priority is core.Priority.NORMAL
+
+    def test_a_daemon_is_told(self):
         told = system_pb.GetStatusResponse(state=UNKNOWN, runs={"RUNNING": 1, "A": 2, "B": 3})
         status = convert_client.status(told)
         assert status.state is DaemonState.UNSPECIFIED
+        assert status.memory is None
+        tight = system_pb.GetStatusResponse(memory=system_pb.MemoryStatus(level=UNKNOWN))
+        memory = convert_client.status(tight).memory
+        assert memory is not None
+        assert memory.level == "UNSPECIFIED"
         assert status.runs == {RunState.RUNNING: 1, RunState.UNSPECIFIED: 5}
 
 
@@ -660,6 +666,60 @@ def test_the_speed_of_decoding_survives_the_wire():
     usage = core.Usage(completion_tokens=30, decode_s=1.5)
     run = core.Run("r", "", "c", "", "e", core.RunState.SUCCEEDED, 0.0, usage=usage)
     assert convert_client.run(convert_response.run(run)).usage.tokens_per_second == 20.0
+
+
+sizes = st.integers(0, 2**63)
+statuses = st.builds(
+    DaemonStatus,
+    version=names,
+    state=st.sampled_from(DaemonState),
+    degraded_reasons=st.lists(names, max_size=2).map(tuple),
+    pid=counts,
+    started_at_s=spans,
+    uptime_s=spans,
+    runs=st.dictionaries(states, counts, max_size=2),
+    engines_installed=counts,
+    engines_loaded=counts,
+    max_resident_engines=counts,
+    halts=st.just(()),
+    config_path=names,
+    memory=st.none()
+    | st.builds(
+        MemoryStatus,
+        total_bytes=sizes,
+        available_bytes=st.none() | sizes,
+        reserve_bytes=sizes,
+        budget_bytes=st.none() | sizes,
+        soft_floor_bytes=sizes,
+        hard_floor_bytes=sizes,
+        kept_bytes=sizes,
+        committed_bytes=sizes,
+        held_bytes=sizes,
+        leaked_bytes=sizes,
+        room_bytes=sizes,
+        level=st.sampled_from(["NORMAL", "SOFT", "HARD"]),
+    ),
+    waiting_steps=counts,
+    running_steps=counts,
+)
+
+
+@given(status=statuses)
+def test_a_status_arrives_as_it_was_sent(status):
+    raw = convert_response.status(status).SerializeToString()
+    assert convert_client.status(system_pb.GetStatusResponse.FromString(raw)) == status
+
+
+@pytest.mark.parametrize("priority", core.Priority)
+def test_a_priority_is_taken_as_asked_for(priority):
+    asked = convert_client.run_spec("Go.", [], convert_client.RunOptions(priority=priority))
+    assert convert(asked).priority is priority
+
+
+def test_a_priority_that_is_none_is_refused_with_those_that_are():
+    assert violations(spec(priority=UNKNOWN)) == {
+        "spec.priority": "77 is no priority, one of URGENT, INTERACTIVE, NORMAL, BATCH expected"
+    }
 
 
 def test_what_a_client_asks_for_is_what_the_daemon_reads():
