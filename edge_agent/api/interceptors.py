@@ -33,8 +33,13 @@ ADMIN_ONLY = frozenset(
     }
 )
 _CLIENT = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
-_QUIET = ("/grpc.health.v1.", "/grpc.reflection.")
-"""Services that are polled: their calls are logged at debug."""
+_QUIET = (
+    "/grpc.health.v1.",
+    "/grpc.reflection.",
+    "/edge_agent.v1.SystemService/GetStatus",
+    "/edge_agent.v1.EngineService/ListEngines",
+)
+"""What is polled, by monitors and by `status --watch`: these calls are logged at debug."""
 
 _log = structlog.get_logger()
 # Quoted, since they are generic in their stubs only.

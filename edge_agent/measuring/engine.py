@@ -30,8 +30,9 @@ from edge_agent.measuring.results import (
     PromptResult,
     TemperatureResult,
 )
-from edge_agent.measuring.statistics import PowerSample, Timeline, Window
+from edge_agent.measuring.statistics import Timeline, Window
 from edge_agent.telemetry import procfs
+from edge_agent.telemetry.energy import PowerSample
 from edge_agent.telemetry.nvml import Nvml
 from edge_agent.telemetry.process import read_process_memory
 from edge_agent.telemetry.reading import Reading

@@ -13,15 +13,13 @@ from types import TracebackType
 from typing import Final, Self
 
 from edge_agent.measuring.results import MachineInfo
-from edge_agent.measuring.statistics import PowerSample
 from edge_agent.telemetry import procfs, sensors, tegra
+from edge_agent.telemetry.energy import PowerSample, total_rails
 from edge_agent.telemetry.files import read_lines
 from edge_agent.telemetry.nvml import Gpu, Nvml
 
 _SAMPLE_INTERVAL_S: Final = 0.1
 """A rail is its own mean over some 0.3 s: to ask more often tells nothing more."""
-_TOTAL_RAILS: Final = ("VDD_IN", "VIN")
-"""Of Orin Nano and NX, and of Thor's carrier: they hold the others."""
 
 
 def read_machine_info(sysroot: Path) -> MachineInfo:
@@ -54,7 +52,7 @@ def read_temperature_milli_c(sysroot: Path, nvml: Nvml) -> int | None:
 def read_power_mw(sysroot: Path, nvml: Nvml) -> tuple[int, str] | None:
     """The power now and what it was read from: the rail of the whole, all rails, else the GPUs."""
     rails = sensors.read_power_rails(sysroot)
-    total = [rail for rail in rails if rail.name in _TOTAL_RAILS] or list(rails)
+    total = total_rails(rails)
     watts = [rail.power_mw.value for rail in total]
     source = " + ".join(rail.name for rail in total)
     if not total:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from edge_agent.telemetry.energy import PowerSample
+
 _MS: Final = 1000.0
 
 
@@ -38,14 +40,6 @@ class Window:
     def tokens_per_second(self) -> float:
         """The rate of decoding."""
         return self.tokens / (self.end_s - self.start_s)
-
-
-@dataclass(frozen=True, slots=True)
-class PowerSample:
-    """One reading of the power."""
-
-    at_s: float
-    power_mw: int
 
 
 def median_of(values: Iterable[float | None]) -> float | None:

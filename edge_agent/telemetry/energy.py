@@ -30,14 +30,16 @@ class PowerSample:
     power_mw: int
 
 
-def total_power_mw(rails: Sequence[PowerRail]) -> Reading[int]:
-    """The rail of the whole machine, else (AGX Orin) the sum of all rails.
+def total_rails(rails: Sequence[PowerRail]) -> Sequence[PowerRail]:
+    """The rail of the whole machine, else (AGX Orin) all rails, whose sum it is."""
+    return [rail for rail in rails if rail.name in _TOTAL_RAILS] or rails
 
-    A sum with a part unknown is unknown.
-    """
+
+def total_power_mw(rails: Sequence[PowerRail]) -> Reading[int]:
+    """The power of the whole machine; a sum with a part unknown is unknown."""
     if not rails:
         return unsupported(_HWMON, "no power rail")
-    total = [rail for rail in rails if rail.name in _TOTAL_RAILS] or rails
+    total = total_rails(rails)
     for rail in total:
         if rail.power_mw.status is not ReadingStatus.OK:
             return rail.power_mw

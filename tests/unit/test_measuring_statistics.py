@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from edge_agent.measuring.prompts import Question, long_prompt, short_prompt
 from edge_agent.measuring.statistics import (
-    PowerSample,
     Timeline,
     Window,
     decode_window,
@@ -15,6 +14,7 @@ from edge_agent.measuring.statistics import (
     median_of,
     ttft_ms,
 )
+from edge_agent.telemetry.energy import PowerSample
 
 TIMES = st.floats(min_value=0, max_value=1000, allow_nan=False).map(lambda x: round(x, 3))
 ARRIVALS = st.lists(st.tuples(TIMES, st.integers(1, 9)), max_size=20).map(
