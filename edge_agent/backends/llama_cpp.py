@@ -237,7 +237,7 @@ def server_parameters(manifest: Manifest, directory: Path, options: LoadOptions)
     params.cache_ram_mib = 0  # defaults to 8 GiB of host memory that nobody counts
     # Without mmap the weights count as used memory, and unloading visibly gives them back.
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
-    params.verbosity = 0
+    params.verbosity = 1  # errors: they tell why a load failed
     params.ui = False
     params.endpoint_slots = False
     return params

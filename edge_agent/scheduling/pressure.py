@@ -8,8 +8,8 @@ import enum
 
 from edge_agent.scheduling.values import Heat, MachineView, Rules
 
-_LEAVE_FACTOR = 1.25
-"""A floor counts as left a quarter above it."""
+_LEAVE_SHARE, _LEAVE_MOST_BYTES = 0.25, 256 << 20
+"""A floor counts as left a quarter above it, or so many bytes where that is less."""
 _LEAVE_STALLED_FACTOR = 0.5
 _FULL_STALLED_SHARE = 0.5
 """`full` means that every task waited: half of the limit for `some` is as bad."""
@@ -28,8 +28,8 @@ def next_level(before: Level, machine: MachineView, rules: Rules) -> Level:
     available = machine.memory.available_bytes
 
     def below(floor_bytes: int, level: Level) -> bool:
-        factor = _LEAVE_FACTOR if before >= level else 1.0
-        return available is not None and available < floor_bytes * factor
+        margin = min(floor_bytes * _LEAVE_SHARE, _LEAVE_MOST_BYTES) if before >= level else 0
+        return available is not None and available < floor_bytes + margin
 
     if below(rules.hard_floor_bytes, Level.HARD):
         return Level.HARD

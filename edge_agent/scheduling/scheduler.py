@@ -43,7 +43,6 @@ from edge_agent.scheduling.pending import OnState, PendingStep, queued_step, ser
 from edge_agent.scheduling.planner import Planner
 from edge_agent.scheduling.quarantine import Quarantine
 from edge_agent.scheduling.residency import Reports, Residency
-from edge_agent.scheduling.residents import Resident
 from edge_agent.scheduling.values import (
     Action,
     DropCache,
@@ -97,16 +96,13 @@ class Scheduler:
         self._catalogue = catalogue
         self._footprints = footprints or Footprints(None, "")
         self._quarantine = quarantine or Quarantine(None, "")
-        self._observed = Wakeup()
-        loader = Loader(
-            catalogue, machine, self._footprints, self._quarantine, self._observed, new_host
-        )
+        self._loader = Loader(catalogue, machine, self._footprints, self._quarantine, new_host)
         self._planner = Planner(settings.rules, machine.view())
         self._planner.state.pins.update(settings.pinned)
         self._residency = Residency(
             catalogue,
             self._planner,
-            loader,
+            self._loader,
             lambda: self._settings.loading,
             Reports(self._progressed, self._carry_out, self._turn),
         )
@@ -131,6 +127,7 @@ class Scheduler:
         self._settings = settings
         self._planner.state.rules = settings.rules
         self._planner.state.pins = set(settings.pinned)
+        self._residency.forgive()
         self._turn()
 
     @property
@@ -205,6 +202,7 @@ class Scheduler:
         Raises:
             NotFound, LoadFailed, DeadlineExceeded: as they say.
         """
+        self._residency.forgive(name)
         self._know(name)
         now_s = self._now_s()
         step = QueuedStep(
@@ -267,7 +265,9 @@ class Scheduler:
             FailedPrecondition: reason ENGINE_BUSY, steps use it or wait for it.
         """
         self._catalogue.get(name)
-        while self._probe_runs_on(name):  # nobody is refused because of a probe
+        while not self._stopping and self._probe_runs_on(
+            name
+        ):  # nobody is refused because of a probe
             await self._changed.next()
         if self._planner.unload(name):
             self._residency.begin_unload(name)
@@ -304,6 +304,7 @@ class Scheduler:
                     metadata={"engine": name, "cause": str(error)},
                 ) from error
         self._planner.release(name)
+        self._residency.forgive(name)
         self._turn()
         return self.engine(name)
 
@@ -354,11 +355,11 @@ class Scheduler:
         """Telemetry has a new view of the machine."""
         before = self._planner.state.level
         self._planner.observe(view)
-        self._observed.notify()
+        self._loader.observe(view)
         level = self._planner.state.level
         if level is not before:
             available = view.memory.available_bytes
-            log.warning("memory_pressure", level=level.name, available_bytes=available)
+            log.warning("memory_pressure", floor=level.name, available_bytes=available)
         self._turn()
 
     async def stop(self) -> None:
@@ -373,6 +374,7 @@ class Scheduler:
         for pending in list(self._pending.values()):
             self._fail(pending, WorkerError("the daemon stops", reason="ENGINE_UNLOADED"))
         self._pending.clear()
+        self._changed.notify()
 
     # --- the loop: decide, carry out, come back when time alone changes something ---
 
@@ -447,8 +449,7 @@ class Scheduler:
     def _start(self, pending: PendingStep) -> None:
         step, now_s = pending.step, self._now_s()
         resident = self._planner.state.residents[step.engine]
-        pending.started_s = now_s
-        pending.load_s += _overlap_s(step.asked_s, resident)
+        pending.started(now_s, resident.asked_s, resident.ready_s)
         try:
             pending.sequence = self._residency.host(step.engine).decide(
                 pending.next_request(), lambda text, tokens: self._took_text(pending, text, tokens)
@@ -464,10 +465,10 @@ class Scheduler:
     def _took_text(self, pending: PendingStep, text: str, tokens: int) -> None:
         self.moves += 1
         self._planner.first_token(pending.step)
-        pending.take_text(text, tokens)
+        pending.take_text(text, tokens, self._now_s())
 
     def _preempt(self, pending: PendingStep, by: QueuedStep) -> None:
-        if pending.sequence is None or not pending.may_stop:
+        if pending.sequence is None:
             return
         pending.stopping = True
         log.info("step_preempted", run=pending.step.run_id, by_run=by.run_id, by_client=by.client)
@@ -481,10 +482,12 @@ class Scheduler:
             self._planner.ended(step, now_s, None)
         elif error is None:
             self.moves += 1
-            self._planner.ended(step, now_s, served(ended.result().usage))
+            usage = ended.result().usage
+            self._planner.ended(step, now_s, served(usage))
             self._finish(pending, pending.result(ended.result()))
+            self._residency.step_ended(step.engine, usage.prompt_tokens + usage.completion_tokens)
         elif pending.stopping and _was_stopped(error):
-            pending.stopped()
+            pending.stopped(now_s)
             self._planner.preempted(step, now_s)
         else:
             self._planner.ended(step, now_s, None)
@@ -541,7 +544,8 @@ class Scheduler:
                 kv_tokens=options.slots * options.context_tokens,
                 load_s=_DEFAULT_LOAD_S if load_s is None else load_s,
                 cache_bytes=manifest.memory.cache_bytes,
-                refusal=self._quarantine.refusal(manifest),
+                refusal=self._quarantine.refusal(manifest)
+                or self._residency.refusal(manifest, self._now_s()),
             )
         )
         return manifest, options
@@ -553,11 +557,6 @@ class Scheduler:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-def _overlap_s(asked_s: float, resident: Resident) -> float:
-    """How much of a step's wait was its engine's load."""
-    return max(0.0, resident.ready_s - max(asked_s, resident.asked_s))
 
 
 def _was_stopped(error: BaseException) -> bool:
