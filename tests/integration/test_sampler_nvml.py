@@ -140,6 +140,17 @@ def test_a_card_has_memory_of_its_own_and_says_what_slows_it_down(start: Start):
     assert sampling.after(1).is_throttled is None
 
 
+def test_a_source_that_fails_makes_room_for_the_next_one(start: Start):
+    sampling = start("discrete", DISCRETE)
+    load = "sys/class/devfreq/gpu/device/load"
+    sysroots.put(sampling.root, {load: "garbage\n"})
+    found = sampling.after(1).gpu_utilisation_percent
+    assert (known(found), found.source) == (0.0, "nvmlDeviceGetUtilizationRates")
+    sampling.nvml.set(DISCRETE, {"0.utilisation": None})
+    failed = sampling.after(5).gpu_utilisation_percent  # an error says more than "not supported"
+    assert (failed.status, failed.source) == (ReadingStatus.ERROR, f"/{load}")
+
+
 def test_a_gpu_that_is_lost_comes_back(start: Start):
     sampling = start("discrete", DISCRETE)
     known(sampling.after(0.25).gpu_utilisation_percent)
