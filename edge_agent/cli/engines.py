@@ -1,13 +1,15 @@
 """`edge-agent engines`: install, list, show, remove and verify engines in the store on disk.
 
-Works without the daemon, which reads the same store. Results go to stdout, progress to stderr.
-Errors are raised: `cli.main` prints them.
+These work without the daemon, which reads the same store; `show` adds what a running one knows of
+the engine's memory. pin, unpin and release are the daemon's. Results go to stdout, progress to
+stderr. Errors are raised: `cli.main` prints them.
 """
 
 import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,21 +17,33 @@ from typing import Any
 import msgspec
 
 from edge_agent import paths
-from edge_agent.cli.output import Subparsers, add_json, aligned, print_json
+from edge_agent.cli.output import (
+    Subparsers,
+    add_json,
+    add_socket,
+    aligned,
+    connect,
+    connect_admin,
+    print_json,
+)
 from edge_agent.cli.progress import ProgressBar
+from edge_agent.cli.status import engine_state
+from edge_agent.core import EngineInfo
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.install import find_recipe, install
 from edge_agent.engines.manifest import Manifest, digest
-from edge_agent.units import MIB
+from edge_agent.errors import EdgeAgentError
+from edge_agent.units import MIB, size_text
 
 
 def register(subparsers: Subparsers) -> None:
     """Add `engines` and what is below it; each leaf sets `handler`, which returns the exit code."""
     parser = subparsers.add_parser(
         "engines",
-        help="install, list, show, remove and verify engines",
-        description="Engines are compiled models in a store on disk. The daemon reads the same "
-        "store; these commands work without it.",
+        help="install, list, show, verify, pin, release and remove engines",
+        description="Engines are compiled models in a store on disk, which the daemon reads too. "
+        "pin, unpin and release ask the daemon; everything else works without it.",
+        epilog="example: edge-agent engines list",
     )
     commands = parser.add_subparsers(dest="engines_command", metavar="COMMAND", required=True)
 
@@ -58,11 +72,24 @@ def register(subparsers: Subparsers) -> None:
     )
     add("list", run_list, "the installed engines")
     for name, run, help_text in (
-        ("show", run_show, "everything that an engine's manifest says"),
+        ("show", run_show, "an engine's manifest, and what the daemon knows of its memory"),
         ("remove", run_remove, "delete an engine from the store"),
         ("verify", run_verify, "read every file of an engine and compare its SHA-256"),
     ):
-        add(name, run, help_text).add_argument("name", metavar="NAME")
+        command = add(name, run, help_text)
+        command.add_argument("name", metavar="NAME")
+        if run is run_show:
+            add_socket(command)
+    for name, run, help_text in (
+        ("pin", run_pin, "once loaded it stays in memory, until unpin or the daemon's end"),
+        ("unpin", run_pin, "it may leave memory for others again"),
+        ("release", run_release, "forget what is held against it: its quarantine, a leak"),
+    ):
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.add_argument("name", metavar="NAME")
+        add_socket(command, default="admin")
+        add_json(command)
+        command.set_defaults(handler=run, pinned=name == "pin")
 
 
 def run_install(args: argparse.Namespace) -> int:
@@ -95,12 +122,32 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Show one engine's manifest."""
+    """Show one engine's manifest, and what the daemon knows of it."""
     catalogue = _catalogue(args)
     manifest = catalogue.get(args.name)
     extra = {"digest": digest(manifest), "directory": str(catalogue.directory(args.name))}
     document = extra | msgspec.to_builtins(manifest)
-    _print(args, document, "\n".join(_lines(document)))
+    info = _in_daemon(args, extra["digest"])
+    lines = [*_lines(document), *_memory_lines(manifest, info)]
+    _print(args, document | {"daemon": info}, "\n".join(lines))
+    return 0
+
+
+def run_pin(args: argparse.Namespace) -> int:
+    """Pin or unpin an engine in the running daemon."""
+    with connect_admin(args) as client:
+        info = client.pin(args.name, pinned=args.pinned)
+    done = "pinned: once loaded it stays in memory" if info.pinned else "unpinned"
+    _print(args, msgspec.to_builtins(info), f"{info.name}: {done}")
+    return 0
+
+
+def run_release(args: argparse.Namespace) -> int:
+    """Let the running daemon load an engine again."""
+    with connect_admin(args) as client:
+        info = client.release(args.name)
+    done = f"{info.name}: nothing is held against it; it is {engine_state(info)}"
+    _print(args, msgspec.to_builtins(info), done)
     return 0
 
 
@@ -133,6 +180,53 @@ def _catalogue(args: argparse.Namespace) -> Catalogue:
     path = args.config or paths.default_config_path(os.environ)
     settings = load_config(path, os.environ)
     return Catalogue(paths.engines_dir(settings.engines_dir, os.environ))
+
+
+def _in_daemon(args: argparse.Namespace, manifest_digest: str) -> EngineInfo | None:
+    """The same engine as a running daemon sees it; None where none runs, or has another one.
+
+    Raises:
+        EdgeAgentError: a socket was named, and there is no such engine behind it.
+    """
+    try:
+        with connect(args) as client:
+            info = client.engine(args.name)
+    except EdgeAgentError:
+        if args.socket is not None:
+            raise
+        return None
+    return info if info.digest == manifest_digest else None
+
+
+def _memory_lines(manifest: Manifest, info: EngineInfo | None) -> list[str]:
+    """What is reserved for an engine, and from which measurements."""
+    if info is None:
+        memory = manifest.memory
+        said = _both(memory.steady_bytes, memory.load_peak_bytes)
+        return [
+            "in memory:",
+            f"  estimated: {said}",
+            "  measured: the daemon that has this engine does not answer, and only it knows",
+        ]
+    lines = [
+        "in memory:",
+        f"  state: {engine_state(info)}",
+        f"  reserved: {_both(info.steady_bytes, info.load_peak_bytes)}",
+        f"  estimated: {_both(info.estimated_steady_bytes, info.estimated_load_peak_bytes)}",
+    ]
+    if not info.measurements:
+        return [*lines, "  measured: never yet with these slots and this context"]
+    rows = [("LOADED AT", "STEADY", "PEAK", "SEEN BY")]
+    for measured in info.measurements:
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(measured.measured_at_s))
+        sizes = size_text(measured.steady_bytes), size_text(measured.load_peak_bytes)
+        rows.append((at, *sizes, measured.source))
+    lines.append("  measured on this device, a lower one counts when five in a row agree:")
+    return lines + [f"    {row}" for row in aligned(rows)]
+
+
+def _both(steady_bytes: int, load_peak_bytes: int) -> str:
+    return f"{size_text(steady_bytes)} loaded, {size_text(load_peak_bytes)} while it loads"
 
 
 def _print(args: argparse.Namespace, document: dict[str, Any], text: str) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias, TypeVar
 
+from edge_agent.cli.output import cut
 from edge_agent.cli.status import daemon_lines, engine_lines, run_lines
 from edge_agent.core import EngineInfo
-from edge_agent.status import DaemonStatus
+from edge_agent.status import DaemonStatus, MemoryStatus
 from edge_agent.telemetry.reading import ReadingStatus
 from edge_agent.telemetry.snapshot import GpuMetrics, Metric, TelemetrySnapshot
 from edge_agent.telemetry.thermal import HottestZone
@@ -51,11 +52,10 @@ def live_view(
     lines = [
         *daemon_lines(status),
         *run_lines(status),
-        _queue_line(engines),
         *engine_lines(status, engines),
-        *machine_lines(telemetry, engines, columns),
+        *machine_lines(telemetry, status.memory, columns),
     ]
-    return [_cut(line, columns) for line in lines]
+    return [cut(line, columns) for line in lines]
 
 
 def memory_bar(parts: MemoryParts, cells: int) -> str:
@@ -77,13 +77,13 @@ def memory_bar(parts: MemoryParts, cells: int) -> str:
 
 
 def machine_lines(
-    telemetry: TelemetrySnapshot, engines: Sequence[EngineInfo], columns: int
+    telemetry: TelemetrySnapshot, memory: MemoryStatus | None, columns: int
 ) -> list[str]:
-    """The machine: memory, pressure, GPU, heat, power."""
+    """The machine: memory and what of it is the engines', pressure, GPU, heat, power."""
     pressure, gpu = telemetry.pressure.some_avg10_percent, telemetry.gpu_utilisation_percent
     name = telemetry.power_mode_name.value
     rows: list[_Row] = [
-        *_memory_rows(telemetry, engines, columns),
+        *_memory_rows(telemetry, memory, columns),
         ("pressure", _told(pressure, lambda _: _pressure(telemetry)), pressure),
         ("gpu", _told(gpu, lambda percent: f"{percent:.1f} % busy"), gpu),
         (
@@ -111,25 +111,40 @@ def machine_lines(
 
 
 def _memory_rows(
-    telemetry: TelemetrySnapshot, engines: Sequence[EngineInfo], columns: int
+    telemetry: TelemetrySnapshot, kept: MemoryStatus | None, columns: int
 ) -> list[_Row]:
     memory = telemetry.memory
     total, available = memory.total_bytes.value, memory.available_bytes.value
     if total is None or available is None:
         missing = memory.total_bytes if total is None else memory.available_bytes
         return [("memory", _told(missing, size_text), missing)]
-    in_memory = sum(engine.steady_bytes for engine in engines if engine.worker is not None)
-    parts = MemoryParts(total, available, engines_bytes=in_memory)
+    parts = _memory_parts(total, available, kept)
     told = f"{size_text(available)} of {size_text(total)} available"
+    if kept is not None:
+        told += f", {kept.level}"
     if memory.available_bytes.status is ReadingStatus.STALE:
         told += f" (stale: {memory.available_bytes.detail})"
     room = columns - _LABEL_CELLS
     below = [
         f"[{memory_bar(parts, max(1, min(_MAX_BAR_CELLS, room - 2)))}]",
         _legend(parts),
-        *textwrap.wrap(", ".join(_memory_details(telemetry)), max(room, 1)),
+        *textwrap.wrap(", ".join(_memory_details(telemetry, kept)), max(room, 1)),
     ]
     return [("memory", told, memory.available_bytes), *(("", line, None) for line in below)]
+
+
+def _memory_parts(total: int, available: int, kept: MemoryStatus | None) -> MemoryParts:
+    """`reserve_bytes`: what of the available memory is left to the robot, and not to engines."""
+    if kept is None:
+        return MemoryParts(total, available)
+    others = max(0, total - available - kept.held_bytes)
+    return MemoryParts(
+        total,
+        available,
+        engines_bytes=kept.committed_bytes,
+        reserve_bytes=max(0, kept.kept_bytes - others),
+        floors_bytes=(kept.soft_floor_bytes, kept.hard_floor_bytes),
+    )
 
 
 def _legend(parts: MemoryParts) -> str:
@@ -144,9 +159,14 @@ def _legend(parts: MemoryParts) -> str:
     return "  ".join(f"{mark} {name} {size_text(size)}" for mark, name, size in shown if size)
 
 
-def _memory_details(telemetry: TelemetrySnapshot) -> list[str]:
+def _memory_details(telemetry: TelemetrySnapshot, kept: MemoryStatus | None) -> list[str]:
     memory = telemetry.memory
     details = []
+    if kept is not None:
+        details += [
+            f"room for {size_text(kept.room_bytes)}",
+            f"floors {size_text(kept.soft_floor_bytes)} and {size_text(kept.hard_floor_bytes)}",
+        ]
     if (block := memory.largest_free_block_bytes.fresh) is not None:
         details.append(f"largest free block {size_text(block)}")
     cma, cma_free = memory.cma_total_bytes.value, memory.cma_free_bytes.fresh
@@ -158,13 +178,6 @@ def _memory_details(telemetry: TelemetrySnapshot) -> list[str]:
     if swap and swap_free is not None:
         details.append(f"swap {size_text(swap - swap_free)} used")
     return details
-
-
-def _queue_line(engines: Sequence[EngineInfo]) -> str:
-    workers = [engine.worker for engine in engines if engine.worker is not None]
-    active = sum(worker.active_steps for worker in workers)
-    waiting = sum(worker.waiting_steps for worker in workers)
-    return f"steps    {active} active, {waiting} waiting"
 
 
 def _pressure(telemetry: TelemetrySnapshot) -> str:
@@ -239,7 +252,3 @@ def _row(label: str, text: str, metric: Metric[object] | None, columns: int) -> 
     if len(source) > room:
         source = "…" + source[1 - room :]
     return f"{row}{source:>{columns - len(row)}}"
-
-
-def _cut(line: str, columns: int) -> str:
-    return line if len(line) <= columns else line[: columns - 1] + "…"

@@ -18,6 +18,7 @@ COMMANDS = (
     "serve",
     "run",
     "status",
+    "explain",
     "doctor",
     "engines",
     "bench",

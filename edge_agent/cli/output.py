@@ -20,11 +20,17 @@ if TYPE_CHECKING:
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
 """What commands register with; argparse has no public name for it."""
 CLIENT_NAME = "edge-agent-cli"
+_DEFAULT_SOCKETS = {
+    "api": "$EDGE_AGENT_SOCKET, else api",
+    "admin": "admin.sock beside $EDGE_AGENT_SOCKET, else admin",
+}
 _HINTS = {
     "ADMIN_SOCKET_REQUIRED": "call admin.sock: --socket admin",
     "CONFIG_INVALID": "correct the file; config.example.yaml shows every key",
     "DAEMON_UNREACHABLE": "start it with `edge-agent serve`, or name its socket with --socket",
     "ENGINE_NOT_FOUND": "`edge-agent engines list` shows what is installed",
+    "DEADLINE_PASSED": "`edge-agent explain` shows what waits, and why",
+    "OVERLOADED": "`edge-agent explain` shows what waits, and why",
     "SOCKET_FORBIDDEN": "call it as root, or become a member of the socket's group",
     "HALTED": "`edge-agent halt list` shows why, `edge-agent halt clear ID` lifts it",
 }
@@ -35,13 +41,13 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
-def add_socket(parser: argparse.ArgumentParser) -> None:
-    """Where the daemon is."""
+def add_socket(parser: argparse.ArgumentParser, default: str = "api") -> None:
+    """Where the daemon is; `default` is only told."""
     parser.add_argument(
         "--socket",
         metavar="PATH",
         help="the daemon's socket; `api` and `admin` stand for api.sock and admin.sock where the "
-        "daemon usually is (default: $EDGE_AGENT_SOCKET, else api)",
+        f"daemon usually is (default: {_DEFAULT_SOCKETS[default]})",
     )
 
 
@@ -53,6 +59,15 @@ def connect(args: argparse.Namespace) -> "Client":
     if address in ("api", "admin"):
         address = str(Path(default_address()).with_name(f"{address}.sock"))
     return Client(address, name=CLIENT_NAME)
+
+
+def connect_admin(args: argparse.Namespace) -> "Client":
+    """A client for what only admin.sock serves: beside the usual socket, unless one is named."""
+    from edge_agent.client import Client, default_address
+
+    if args.socket is not None:
+        return connect(args)
+    return Client(str(Path(default_address()).with_name("admin.sock")), name=CLIENT_NAME)
 
 
 def absolute(value: str) -> Path:
@@ -75,6 +90,23 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+def span(seconds: float) -> str:
+    """A span of time for people, in its two largest units."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours}h"
+    if hours:
+        return f"{hours}h {minutes}m"
+    return f"{minutes}m {rest}s" if minutes else f"{rest}s"
+
+
+def cut(text: str, cells: int) -> str:
+    """At most so many cells; what is cut ends in an ellipsis."""
+    return text if len(text) <= cells else text[: max(cells, 1) - 1] + "…"
 
 
 def print_json(value: object) -> None:

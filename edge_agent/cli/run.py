@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from edge_agent.cli.output import Subparsers, add_json, add_socket, connect, duration_s
 from edge_agent.cli.run_printer import RunPrinter, note
-from edge_agent.core import Message, Role, TextPart
+from edge_agent.core import Message, Priority, Role, TextPart
 
 if TYPE_CHECKING:
     from edge_agent.client import Client, RunOptions, Tools
@@ -38,6 +38,11 @@ def register(subparsers: Subparsers) -> None:
     parser.add_argument("--max-steps", type=int, metavar="N", help="default: the daemon's")
     parser.add_argument(
         "--timeout", type=duration_s, metavar="TIME", help="such as 30s; default: the daemon's"
+    )
+    parser.add_argument(
+        "--priority",
+        choices=[priority.lower() for priority in Priority],
+        help="how soon it goes among all runs; batch: whenever there is time (default: normal)",
     )
     parser.add_argument(
         "--no-stream", action="store_true", help="print only the answer, at its end"
@@ -106,6 +111,8 @@ def _options(args: argparse.Namespace) -> "RunOptions":
         options["max_steps"] = args.max_steps
     if args.timeout is not None:
         options["timeout_s"] = args.timeout
+    if args.priority is not None:
+        options["priority"] = Priority[args.priority.upper()]
     return options
 
 

@@ -14,10 +14,11 @@ from edge_agent.cli.output import (
     connect,
     duration_s,
     print_json,
+    span,
 )
-from edge_agent.core import EngineInfo
-from edge_agent.status import DaemonStatus
-from edge_agent.units import MIB
+from edge_agent.core import EngineInfo, EngineState
+from edge_agent.status import DaemonStatus, MemoryStatus
+from edge_agent.units import MIB, size_text
 
 
 def register(subparsers: Subparsers) -> None:
@@ -25,8 +26,9 @@ def register(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "status",
         help="how the daemon is",
-        description="Shows the daemon's state, its engines, its runs and what is halted. With "
-        "--watch it goes on, and shows the machine as well: memory, GPU, temperatures, power.",
+        description="Shows the daemon's state, its engines, its runs, the memory that is left for "
+        "engines and what is halted. With --watch it goes on, and shows the machine as well: "
+        "memory, GPU, temperatures, power.",
         epilog="example: edge-agent status --watch",
     )
     parser.add_argument("--watch", action="store_true", help="show it again and again until Ctrl-C")
@@ -62,23 +64,42 @@ def describe(status: DaemonStatus, engines: Sequence[EngineInfo]) -> list[str]:
     """The status for people, line by line."""
     lines = daemon_lines(status)
     lines.append(f"config   {status.config_path or 'built-in defaults'}")
-    return lines + run_lines(status) + engine_lines(status, engines)
+    lines += run_lines(status)
+    if status.memory is not None:
+        lines.append(f"memory   {memory_text(status.memory)}")
+    return lines + engine_lines(status, engines)
 
 
 def daemon_lines(status: DaemonStatus) -> list[str]:
     """The daemon, and what is wrong with it."""
-    uptime = _span(status.uptime_s)
+    uptime = span(status.uptime_s)
     lines = [f"daemon   {status.state}  pid {status.pid}, up {uptime}, version {status.version}"]
     return lines + [f"degraded {reason}" for reason in status.degraded_reasons]
 
 
 def run_lines(status: DaemonStatus) -> list[str]:
-    """What runs, and what is halted."""
+    """What runs, what waits, and what is halted."""
     counts = ", ".join(f"{count} {state}" for state, count in status.runs.items() if count)
-    return [f"runs     {counts or 'none'}"] + [
+    why = ": `edge-agent explain` says why" if status.waiting_steps else ""
+    return [
+        f"runs     {counts or 'none'}",
+        f"steps    {status.running_steps} running, {status.waiting_steps} waiting{why}",
+    ] + [
         f"halt     {halt.id} {halt.scope} {halt.target} {halt.reason}".rstrip()
         for halt in status.halts
     ]
+
+
+def memory_text(memory: MemoryStatus) -> str:
+    """What is left for engines, on one line."""
+    parts = [
+        f"robot {size_text(memory.kept_bytes)}",
+        f"engines {size_text(memory.committed_bytes)}",
+        f"room for {size_text(memory.room_bytes)}",
+    ]
+    if memory.leaked_bytes:
+        parts.append(f"leaked {size_text(memory.leaked_bytes)}")
+    return f"{memory.level}  {size_text(memory.total_bytes)}: {', '.join(parts)}"
 
 
 def engine_lines(status: DaemonStatus, engines: Sequence[EngineInfo]) -> list[str]:
@@ -89,16 +110,20 @@ def engine_lines(status: DaemonStatus, engines: Sequence[EngineInfo]) -> list[st
     rows += [_row(engine) for engine in engines]
     if engines:
         lines += ["  " + row for row in aligned(rows)]
-    lines += [
-        f"  {engine.name}: {engine.error.message}" for engine in engines if engine.error is not None
-    ]
-    return lines
+    return lines + [f"  {engine.name}: {note}" for engine in engines for note in _notes(engine)]
+
+
+def engine_state(engine: EngineInfo) -> str:
+    """Where an engine is, whether it is kept out, and whether it stays."""
+    is_out = engine.state in (EngineState.INSTALLED, EngineState.FAILED)
+    state = "QUARANTINED" if engine.quarantined and is_out else str(engine.state)
+    if engine.load_progress is not None:
+        state += f" {engine.load_progress:.0%}"
+    return f"{state} pinned" if engine.pinned else state
 
 
 def _row(engine: EngineInfo) -> tuple[str, ...]:
-    state = str(engine.state)
-    if engine.load_progress is not None:
-        state += f" {engine.load_progress:.0%}"
+    state = engine_state(engine)
     memory = f"{engine.steady_bytes / MIB:.0f} MiB"
     worker = engine.worker
     if worker is None:
@@ -107,12 +132,15 @@ def _row(engine: EngineInfo) -> tuple[str, ...]:
     return (engine.name, state, memory, *map(str, numbers))
 
 
-def _span(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours}h"
-    if hours:
-        return f"{hours}h {minutes}m"
-    return f"{minutes}m {rest}s" if minutes else f"{rest}s"
+def _notes(engine: EngineInfo) -> list[str]:
+    """What is wrong with an engine, and what to do about it."""
+    release = f"`edge-agent engines release {engine.name}`"
+    notes = []
+    if engine.error is not None:
+        notes.append(engine.error.message)
+    if engine.quarantined:
+        notes.append(f"two boots ended inside its load; {release} lets it load again")
+    if engine.leaked_bytes:
+        leaked = size_text(engine.leaked_bytes)
+        notes.append(f"{leaked} did not come back when it left; {release} forgets that")
+    return notes

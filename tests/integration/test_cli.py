@@ -1,5 +1,6 @@
 """The command line against the real API: what it prints, and its exit codes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,11 +13,16 @@ import pytest
 import structlog
 
 from edge_agent import __version__
+from edge_agent.cli.explain import describe
 from edge_agent.cli.main import COMMANDS, main
+from edge_agent.cli.status import engine_lines
+from edge_agent.client import Client
 from edge_agent.core import (
     CancelTool,
+    EngineState,
     FinishReason,
     Message,
+    Priority,
     Role,
     RunError,
     RunState,
@@ -27,7 +33,8 @@ from edge_agent.core import (
     ToolCall,
     Usage,
 )
-from tests.support.api_ports import EdgeThread
+from edge_agent.status import StepWait, WaitReason
+from tests.support.api_ports import EdgeThread, MemoryDaemon, MemoryEngines, MemoryRuns
 
 TOOLS = """
 - name: lamp
@@ -53,6 +60,10 @@ async def talk(runs, run_id):
     runs.emit(run_id, StateChanged(RunState.RUNNING))
     runs.emit(run_id, TextDelta(1, "Paris", 1))
     runs.finish(run_id, "Paris")
+
+
+async def wait_for_ever(_runs, _run_id):
+    """An agent that never gets a step."""
 
 
 async def fail(runs, run_id):
@@ -192,6 +203,8 @@ def test_a_failed_run_is_no_part_of_the_conversation(runtime_dir, tmp_path, capf
         (("edge-agent", "che"), "check-config"),
         (("edge-agent", "run", "--eng"), "--engine"),
         (("edge-agent", "engines", "ver"), "verify"),
+        (("edge-agent", "engines", "unp"), "unpin"),
+        (("edge-agent", "exp"), "explain"),
     ],
 )
 def test_the_completion_script_completes_in_bash(words, expected, capfd):
@@ -252,10 +265,126 @@ def test_status_for_people_and_programs(runtime_dir, capfd):
         programs = json.loads(capfd.readouterr().out)
     assert "daemon   READY  pid 4711, up 12s, version 9.8.7" in people
     assert "runs     1 QUEUED" in people
+    assert "steps    3 running, 2 waiting: `edge-agent explain` says why" in people
+    assert "memory   NORMAL  8.0 GiB: robot 3.0 GiB, engines 1.0 GiB, room for 4.0 GiB\n" in people
     assert "halt     halt-1 TOOL arm person near" in people
     assert "small  INSTALLED  2 MiB" in people
     assert programs["status"]["pid"] == 4711
+    assert programs["status"]["memory"]["room_bytes"] == 4 << 30
     assert programs["engines"][0]["name"] == "small"
+
+
+def test_what_is_wrong_with_an_engine_is_told_with_what_to_do():
+    status = MemoryDaemon(MemoryRuns()).status()
+    (engine,) = MemoryEngines().engines()
+    engines = [
+        dataclasses.replace(engine, name="kept", state=EngineState.READY, pinned=True),
+        dataclasses.replace(engine, name="wild", quarantined=True),
+        dataclasses.replace(engine, name="lost", state=EngineState.LEAKED, leaked_bytes=3 << 30),
+    ]
+    _, _, kept, wild, lost, *notes = engine_lines(status, engines)
+    assert kept.split()[:3] == ["kept", "READY", "pinned"]
+    assert wild.split()[:2] == ["wild", "QUARANTINED"]
+    assert lost.split()[:2] == ["lost", "LEAKED"]
+    assert [note.split("; ") for note in notes] == [
+        [
+            "  wild: two boots ended inside its load",
+            "`edge-agent engines release wild` lets it load again",
+        ],
+        [
+            "  lost: 3.0 GiB did not come back when it left",
+            "`edge-agent engines release lost` forgets that",
+        ],
+    ]
+
+
+WAITS = (
+    StepWait(
+        run_id="5" * 32,
+        client="a-robot-with-a-name-of-many-words",
+        engine="smollm2-135m-instruct",
+        priority=Priority.INTERACTIVE,
+        waited_s=3.24,
+        reason=WaitReason.PLACE,
+        text="all 4 places of smollm2-135m-instruct are taken",
+        engines=("smollm2-135m-instruct",),
+        position=1,
+        starts_in_s=1.04,
+        deadline_in_s=125.0,
+    ),
+    StepWait(
+        run_id="",
+        client="edge-agent",
+        engine="big",
+        priority=Priority.BATCH,
+        waited_s=61.0,
+        reason=WaitReason.ROOM,
+        text="too little memory",
+        engines=(),
+        position=1,
+    ),
+)
+
+
+def test_waiting_steps_are_a_table_that_fits():
+    assert describe(WAITS, 80) == [
+        "WHO              ENGINE                 PRIORITY     WAITED  STARTS IN  DUE IN",
+        "a-robot-with-a…  smollm2-135m-instruct  INTERACTIVE  3.2s    1.0s       2m 5s",
+        "  run 55555555555555555555555555555555, PLACE: all 4 places of",
+        "    smollm2-135m-instruct are taken",
+        "edge-agent       big                    BATCH        1m 1s   unknown    none",
+        "  a load, ROOM: too little memory",
+    ]
+    assert all(len(line) <= 80 for line in describe(WAITS, 80))
+    wide = describe(WAITS, 200)
+    assert wide[1].startswith("a-robot-with-a-name-of-many-words  smollm2-135m-instruct  ")
+
+
+def test_explain_for_people_and_programs(runtime_dir, capfd):
+    with EdgeThread(runtime_dir, wait_for_ever) as edge:
+        socket = ["--socket", edge.api]
+        assert main(["explain", *socket]) == 0
+        edge.engines.waits = WAITS
+        assert main(["explain", *socket]) == 0
+        assert main(["explain", "5" * 32, *socket, "--json"]) == 0
+        *people, programs = capfd.readouterr().out.splitlines()
+        assert main(["explain", "nobody", *socket]) == 1
+        assert "no run nobody" in capfd.readouterr().err
+        with Client(edge.api) as client:
+            run_id = client.create("Hi").id
+        assert main(["explain", run_id, *socket]) == 0
+    assert people[0] == "nothing waits"
+    assert people[1].split()[:2] == ["WHO", "ENGINE"]
+    (told,) = json.loads(programs)["waits"]
+    assert (told["reason"], told["starts_in_s"]) == ("PLACE", 1.04)
+    assert capfd.readouterr().out == "nothing of it waits: the run is QUEUED\n"
+
+
+@pytest.mark.parametrize("priority", Priority)
+def test_a_run_says_how_soon_it_is_to_go(runtime_dir, priority):
+    with EdgeThread(runtime_dir, talk) as edge:
+        words = ["run", "hi", "--socket", edge.api, "--priority", priority.lower()]
+        assert main(words) == 0
+        assert edge.runs.specs["run-1"].priority is priority
+
+
+def test_pin_unpin_and_release_call_the_admin_socket_by_themselves(runtime_dir, capfd, monkeypatch):
+    with EdgeThread(runtime_dir) as edge:
+        monkeypatch.setenv("EDGE_AGENT_SOCKET", edge.api)
+        assert main(["engines", "pin", "small"]) == 0
+        assert edge.engines.engine("small").pinned
+        assert main(["engines", "unpin", "small", "--json"]) == 0
+        assert not edge.engines.engine("small").pinned
+        assert main(["engines", "release", "small"]) == 0
+        out = capfd.readouterr().out.splitlines()
+        assert main(["engines", "pin", "small", "--socket", "api"]) == 1
+        assert main(["engines", "release", "nobody"]) == 1
+    assert out[0] == "small: pinned: once loaded it stays in memory"
+    assert json.loads(out[1])["pinned"] is False
+    assert out[2] == "small: nothing is held against it; it is INSTALLED"
+    err = capfd.readouterr().err
+    assert "hint: call admin.sock: --socket admin" in err
+    assert "no engine nobody" in err
 
 
 def test_halt_list_and_clear(runtime_dir, capfd, monkeypatch):
@@ -323,8 +452,6 @@ def test_help_names_every_command_and_each_has_an_example_and_json(capfd):
     listed = capfd.readouterr().out
     for command in COMMANDS:
         assert re.search(rf"\n    {command}\s", listed)
-        if command == "engines":
-            continue
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert f"example: edge-agent {command}" in capfd.readouterr().out
@@ -333,7 +460,7 @@ def test_help_names_every_command_and_each_has_an_example_and_json(capfd):
 def test_help_does_not_wait_for_grpc():
     code = (
         "import sys; from edge_agent.cli import main\n"
-        "main.build_parser(['run', 'serve', 'status', 'halt', 'check-config'])\n"
+        "main.build_parser(['run', 'serve', 'status', 'explain', 'engines', 'halt'])\n"
         "print([m for m in ('grpc', 'pydantic', 'google.protobuf') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

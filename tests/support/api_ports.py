@@ -43,7 +43,7 @@ from edge_agent.errors import (
     NotFound,
     Unavailable,
 )
-from edge_agent.status import DaemonState, DaemonStatus, StepWait
+from edge_agent.status import DaemonState, DaemonStatus, MemoryStatus, StepWait
 from edge_agent.telemetry.sampler import Sampler
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
 
@@ -57,6 +57,22 @@ LIMITS = RequestLimits(
     max_tools=64,
     max_tool_result_bytes=10_000,
     slow_reader_s=10.0,
+)
+
+GIB = 1 << 30
+MEMORY = MemoryStatus(
+    total_bytes=8 * GIB,
+    available_bytes=5 * GIB,
+    reserve_bytes=2 * GIB,
+    budget_bytes=None,
+    soft_floor_bytes=GIB,
+    hard_floor_bytes=GIB // 2,
+    kept_bytes=3 * GIB,
+    committed_bytes=GIB,
+    held_bytes=GIB,
+    leaked_bytes=0,
+    room_bytes=4 * GIB,
+    level="NORMAL",
 )
 
 
@@ -339,6 +355,9 @@ class MemoryDaemon:
             max_resident_engines=1,
             halts=self._runs.halts(),
             config_path="",
+            memory=MEMORY,
+            waiting_steps=2,
+            running_steps=3,
         )
 
     def telemetry(self) -> TelemetrySnapshot:

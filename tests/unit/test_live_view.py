@@ -9,13 +9,27 @@ from hypothesis import strategies as st
 
 from edge_agent.cli.live_view import MemoryParts, live_view, machine_lines, memory_bar
 from edge_agent.core import EngineInfo, EngineState, WorkerInfo
-from edge_agent.status import DaemonState, DaemonStatus
+from edge_agent.status import DaemonState, DaemonStatus, MemoryStatus
 from edge_agent.telemetry.reading import ReadingStatus
 from edge_agent.telemetry.sampler import Sampler
 from edge_agent.telemetry.snapshot import TelemetrySnapshot, ThrottleReason
 from tests.support import sysroots
 
 GIB = 1 << 30
+MEMORY = MemoryStatus(
+    total_bytes=8 * GIB,
+    available_bytes=5 * GIB,
+    reserve_bytes=2 * GIB,
+    budget_bytes=None,
+    soft_floor_bytes=GIB,
+    hard_floor_bytes=GIB // 2,
+    kept_bytes=2 * GIB,
+    committed_bytes=GIB,
+    held_bytes=GIB,
+    leaked_bytes=0,
+    room_bytes=4 * GIB,
+    level="SOFT",
+)
 STATUS = DaemonStatus(
     version="1.2.3",
     state=DaemonState.READY,
@@ -29,6 +43,9 @@ STATUS = DaemonStatus(
     max_resident_engines=1,
     halts=(),
     config_path="",
+    memory=MEMORY,
+    waiting_steps=2,
+    running_steps=3,
 )
 ENGINE = EngineInfo(
     name="small",
@@ -53,7 +70,7 @@ def sampled(root: Path, profile: str = "orin_nano") -> TelemetrySnapshot:
 def line(telemetry: TelemetrySnapshot, label: str, columns: int = 100) -> str:
     """The machine's line with this label."""
     (found,) = (
-        each for each in machine_lines(telemetry, (), columns) if each.startswith(f"{label} ")
+        each for each in machine_lines(telemetry, None, columns) if each.startswith(f"{label} ")
     )
     return found
 
@@ -118,10 +135,28 @@ def test_the_view_holds_daemon_engines_and_steps(tmp_path: Path):
     assert view[:4] == [
         "daemon   READY  pid 42, up 2m 5s, version 1.2.3",
         "runs     none",
-        "steps    3 active, 2 waiting",
+        "steps    3 running, 2 waiting: `edge-agent explain` says why",
         "engines  1 installed, 1 of at most 1 in memory",
     ]
-    assert "         # others 1.4 GiB  = engines 1.0 GiB  . free 5.0 GiB" in view
+
+
+def test_the_view_tells_what_of_the_memory_engines_and_robot_have(tmp_path: Path):
+    view = live_view(STATUS, [ENGINE], sampled(tmp_path), 80)
+    (told,) = (each for each in view if each.startswith("memory "))
+    assert told.startswith("memory   5.0 GiB of 7.4 GiB available, SOFT  ")
+    bar, legend, details = view[view.index(told) + 1 :][:3]
+    assert (bar.count("="), bar.count("-"), bar.count("|")) == (8, 4, 2)
+    assert (
+        legend.split("  ")[1:]
+        == [
+            "         # others 1.4 GiB".strip(),
+            "= engines 1.0 GiB",
+            ". free 4.4 GiB",
+            "- reserve 590 MiB",
+        ]
+        or legend
+    )
+    assert details.strip().startswith("room for 4.0 GiB, floors 1.0 GiB and 512 MiB, ")
 
 
 @pytest.mark.parametrize("profile", sysroots.PROFILES)
@@ -165,6 +200,6 @@ def test_throttling_says_why(tmp_path: Path):
 def test_memory_that_can_not_be_read_has_no_bar(tmp_path: Path):
     sysroots.orin_nano(tmp_path)
     (tmp_path / "proc/meminfo").unlink()
-    lines = machine_lines(Sampler(tmp_path, clock=lambda: 0.0).sample(0.0), (), 80)
+    lines = machine_lines(Sampler(tmp_path, clock=lambda: 0.0).sample(0.0), MEMORY, 80)
     assert lines[0].startswith("memory   -  No such file or directory")
     assert not any("[" in each for each in lines)
