@@ -18,6 +18,8 @@ STORY = "Write a very long story about a robot."
 ADMIN_CALLS = {
     "LoadEngine": lambda c: c.engines.LoadEngine(engine_pb.LoadEngineRequest(name=ENGINE)),
     "UnloadEngine": lambda c: c.engines.UnloadEngine(engine_pb.UnloadEngineRequest(name=ENGINE)),
+    "PinEngine": lambda c: c.engines.PinEngine(engine_pb.PinEngineRequest(name=ENGINE)),
+    "ReleaseEngine": lambda c: c.engines.ReleaseEngine(engine_pb.ReleaseEngineRequest(name=ENGINE)),
     "ReloadConfig": lambda c: c.system.ReloadConfig(system_pb.ReloadConfigRequest()),
     "Drain": lambda c: c.system.Drain(system_pb.DrainRequest()),
 }
@@ -59,6 +61,10 @@ def test_what_changes_the_daemon_is_refused_on_the_api_socket(client):
         assert problem.metadata["method"].endswith(f"/{name}")
     told = client.system.GetStatus(system_pb.GetStatusRequest(), timeout=20)
     assert (told.state, told.engines_loaded) == (system_pb.DAEMON_STATE_READY, 0)
+
+
+def test_whoever_may_start_runs_may_ask_why_they_wait(client):
+    assert list(client.engines.Explain(engine_pb.ExplainRequest(), timeout=20).waits) == []
 
 
 def test_the_admin_socket_serves_runs_too(admin):
@@ -121,7 +127,7 @@ def test_a_busy_engine_is_not_unloaded(client, admin):
     problem = Problem(refused.value)
     assert problem.code is grpc.StatusCode.FAILED_PRECONDITION
     assert problem.reason == "ENGINE_BUSY"
-    assert problem.metadata == {"engine": ENGINE, "active_steps": "1"}
+    assert problem.metadata == {"engine": ENGINE, "active_steps": "1", "waiting_steps": "0"}
     assert client.get(run_id).state == run_pb.RUN_STATE_RUNNING
 
 
