@@ -336,6 +336,7 @@ class Daemon:
         reasons += [f"engine {each.name}: {each.description}" for each in broken]
         wrong = (context_problem(self._file.config, manifest) for manifest in installed)
         reasons += [f"{each.field}: {each.description}" for each in wrong if each]
+        reasons += self._scheduler.problems()
         return tuple(reasons), len(installed)
 
     def _status_line(self) -> str:

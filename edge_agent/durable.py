@@ -29,6 +29,15 @@ def remove(path: Path) -> None:
     sync(path.parent)
 
 
+def set_aside(path: Path) -> None:
+    """Take a file that can't be read out of the way, whole, for people to look at.
+
+    Raises:
+        OSError: as the file system says.
+    """
+    path.replace(path.with_name(f"{path.name}.unreadable"))
+
+
 def sync(directory: Path) -> None:
     """The directory's entries are on disk when this returns.
 

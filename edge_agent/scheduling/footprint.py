@@ -14,6 +14,8 @@ from edge_agent.scheduling.values import Footprint
 AGREEING: Final = 5
 _AGREE_SHARE: Final = 0.1
 """Measurements agree when they are within this share of the largest."""
+_BELIEVED_FALL: Final = 1.5
+"""Of the estimate: the most that the fall of MemAvailable alone can make of it."""
 
 
 def kv_bytes(manifest: Manifest, slots: int, context_tokens: int) -> int:
@@ -43,11 +45,19 @@ def floor_bytes(manifest: Manifest, slots: int, context_tokens: int) -> int:
 
 
 def correct(estimated: Footprint, least_bytes: int, history: Sequence[MeasuredLoad]) -> Footprint:
-    """The estimate after these measurements, oldest first."""
-    peak = _correct(estimated.load_peak_bytes, [each.load_peak_bytes for each in history])
-    steady = _correct(estimated.steady_bytes, [each.steady_bytes for each in history])
-    steady = max(steady, least_bytes)
-    return Footprint(max(peak, steady), steady)
+    """The estimate after these measurements, oldest first.
+
+    What was measured by the fall of MemAvailable counts up to a limit: others may have taken memory
+    at the same time, and an engine must not stay too large for ever for that.
+    """
+
+    def believed(number: int, estimate: int, source: str) -> int:
+        return min(number, int(estimate * _BELIEVED_FALL)) if source == "available" else number
+
+    peaks = [believed(m.load_peak_bytes, estimated.load_peak_bytes, m.source) for m in history]
+    steadies = [believed(m.steady_bytes, estimated.steady_bytes, m.source) for m in history]
+    steady = max(_correct(estimated.steady_bytes, steadies), least_bytes)
+    return Footprint(max(_correct(estimated.load_peak_bytes, peaks), steady), steady)
 
 
 def _correct(value: int, measured: Sequence[int]) -> int:

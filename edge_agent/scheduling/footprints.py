@@ -49,15 +49,30 @@ class Footprints:
         """What was measured, oldest first."""
         return tuple(self._known.get(self._key(manifest, slots, context_tokens), ()))
 
+    async def forget(self, manifest: Manifest, slots: int, context_tokens: int) -> None:
+        """Begin anew from the estimate."""
+        if self._known.pop(self._key(manifest, slots, context_tokens), None) is not None:
+            await self._keep()
+
     async def record(
         self, manifest: Manifest, slots: int, context_tokens: int, measured: MeasuredLoad
     ) -> None:
-        """Remember one load's figures; a disk that does not take them is logged, and no more."""
+        """Remember one load's figures; a disk that does not take them is logged, and no more.
+
+        A load is known by its time: later figures of it take the place of its earlier ones.
+        """
         key = self._key(manifest, slots, context_tokens)
-        history = self._known.pop(key, [])
+        history = [
+            each
+            for each in self._known.pop(key, [])
+            if each.measured_at_s != measured.measured_at_s
+        ]
         self._known[key] = [*history, measured][-_KEPT:]  # the newest engine last
         while len(self._known) > _KEPT_ENGINES:
             del self._known[next(iter(self._known))]
+        await self._keep()
+
+    async def _keep(self) -> None:
         if self._path is None:
             return
         async with self._writing:
@@ -84,6 +99,6 @@ def _read(path: Path) -> dict[str, list[MeasuredLoad]]:
 
 def _set_aside(path: Path) -> None:
     try:
-        path.replace(path.with_suffix(".unreadable"))
+        durable.set_aside(path)
     except OSError as error:
         log.warning("footprints_not_set_aside", path=str(path), error=str(error))

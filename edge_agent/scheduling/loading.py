@@ -1,32 +1,38 @@
 """How an engine comes into memory and leaves it: its process, what that takes, and the proof.
 
-Decides nothing. A load has a marker on disk before
-it, a time limit around it and a footprint after it; an unload is done when the process is gone and
-its memory is back.
+Decides nothing. A load has a marker on disk before it, a time limit around it and a footprint after
+it; an unload is done when the process is gone and its memory is back.
 """
 
 import asyncio
+import contextlib
 import os
-import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import structlog
 
-from edge_agent.core import MeasuredLoad
+from edge_agent.engines import manifest as manifests
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.host import EngineHost, WorkerSettings
 from edge_agent.engines.manifest import Manifest
 from edge_agent.engines.protocol import Options
-from edge_agent.errors import LoadFailed, WorkerError
+from edge_agent.errors import EdgeAgentError, LoadFailed, WorkerError
 from edge_agent.scheduling.failures import Failure, classify
+from edge_agent.scheduling.footfall import Footfall
 from edge_agent.scheduling.footprints import Footprints
 from edge_agent.scheduling.machine import Machine
 from edge_agent.scheduling.quarantine import Quarantine
+from edge_agent.scheduling.values import MachineView
 from edge_agent.wakeup import Wakeup
 
-_MEASURE_S = 0.1
+T = TypeVar("T")
+
+_RECENT_S = 2.0
+"""A process that has ended by itself may have given its memory back for so long unnoticed."""
 _PROOF_SHARE = 0.5
 """Memory counts as back when this share of it is: others take some meanwhile."""
 _PROOF_LEAST_BYTES = 64 << 20
@@ -41,7 +47,7 @@ log = structlog.get_logger()
 class LoadTrouble(Exception):
     """A load that ended badly: the error for whoever waits, and what kind of failure it was."""
 
-    def __init__(self, error: LoadFailed, failure: Failure) -> None:
+    def __init__(self, error: EdgeAgentError, failure: Failure) -> None:
         super().__init__(error.message)
         self.error = error
         self.failure = failure
@@ -59,7 +65,7 @@ class LoadingSettings:
 
 
 class Loader:
-    """Loads and unloads engines. `observed` is notified at each new view of the machine.
+    """Loads and unloads engines.
 
     `footprints` and `quarantine` are what it has learned of them.
     """
@@ -70,7 +76,6 @@ class Loader:
         machine: Machine,
         footprints: Footprints,
         quarantine: Quarantine,
-        observed: Wakeup,
         new_host: NewHost = EngineHost,
     ) -> None:
         """Nothing is loaded."""
@@ -78,47 +83,92 @@ class Loader:
         self._machine = machine
         self.footprints = footprints
         self.quarantine = quarantine
-        self._observed = observed
         self._new_host = new_host
+        self._observed = Wakeup()
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def observe(self, view: MachineView) -> None:
+        """Telemetry has a new view of the machine."""
+        now_s, available = asyncio.get_running_loop().time(), view.memory.available_bytes
+        if available is not None:
+            self._seen.append((now_s, available))
+        while self._seen and self._seen[0][0] < now_s - _RECENT_S:
+            self._seen.popleft()
+        self._observed.notify()
+
+    def observed(self) -> "asyncio.Future[None]":
+        """Done at telemetry's next view."""
+        return self._observed.next()
 
     def new_host(self, manifest: Manifest, settings: LoadingSettings) -> EngineHost:
         """A process to be, for `load`."""
         return self._new_host(manifest, settings.worker(manifest))
 
+    def files(self, manifest: Manifest) -> Hashable:
+        """Tells an engine's files from others, also from the same ones put there anew."""
+        found: list[tuple[int, ...]] = []
+        for spec in manifest.files:
+            try:
+                stat = (self._catalogue.root / manifest.name / spec.path).stat()
+                found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+            except OSError as error:
+                found.append((error.errno or 0,))
+        return manifests.digest(manifest), tuple(found)
+
     async def load(
-        self, host: EngineHost, settings: LoadingSettings, on_progress: OnProgress
-    ) -> int:
+        self, host: EngineHost, settings: LoadingSettings, on_progress: OnProgress, *, again: bool
+    ) -> Footfall:
         """Start the engine's process and load it; its process is gone when this raises.
 
-        Returns by how many bytes MemAvailable fell.
+        `again`: it found too little memory the first time.
 
         Raises:
             LoadTrouble: it could not be loaded.
         """
-        manifest = host.manifest
+        name = host.manifest.name
         try:
-            options = settings.options(manifest)
-            self.check_files(manifest)
-            await self._mark(manifest)
-        except LoadFailed as error:
-            raise LoadTrouble(error, Failure.OTHER) from error
-        before = self._machine.view().memory.available_bytes
-        watch = _Footfall(self._machine, before)
-        measuring = asyncio.create_task(watch.follow(host))
-        try:
-            with self._machine.watch_closely():
-                await self._start(host, options, settings, on_progress)
-                await watch.look(host)
-        except BaseException:
-            await asyncio.shield(self._end(host, settings))
+            return await self._load(host, settings, on_progress, again=again)
+        except LoadTrouble:
             raise
-        finally:
-            measuring.cancel()
-            await self._unmark()
-        measured = watch.measurement()
+        except asyncio.CancelledError:
+            await to_its_end(self._end(host, settings))
+            raise
+        except EdgeAgentError as error:
+            raise LoadTrouble(error, Failure.OTHER) from error
+        except Exception as error:  # whatever it is: an engine must not stay on its way for ever
+            log.exception("engine_load_broke", engine=name)
+            await self._end(host, settings)
+            failed = LoadFailed(f"engine {name}: {error}", metadata={"engine": name})
+            raise LoadTrouble(failed, Failure.OTHER) from error
+
+    async def _load(
+        self, host: EngineHost, settings: LoadingSettings, on_progress: OnProgress, *, again: bool
+    ) -> Footfall:
+        manifest = host.manifest
+        options = settings.options(manifest)
+        self.check_files(manifest)
+        if again:
+            await to_its_end(asyncio.to_thread(self._drop_page_cache, manifest))
+        async with self._marked(manifest):
+            footfall = Footfall(self._machine, options.slots, options.context_tokens)
+            measuring = asyncio.create_task(footfall.follow(host))
+            try:
+                with self._machine.watch_closely():
+                    await self._start(host, options, settings, on_progress)
+                    await footfall.look(host)
+            except BaseException:
+                await to_its_end(self._end(host, settings))
+                raise
+            finally:
+                measuring.cancel()
+        return footfall
+
+    async def keep(self, manifest: Manifest, footfall: Footfall) -> None:
+        """Remember what a load was seen to take; later figures of it take the place of these."""
+        measured = footfall.measurement()
         if measured is not None:
-            await self.footprints.record(manifest, options.slots, options.context_tokens, measured)
-        return watch.fallen_bytes
+            shape = footfall.slots, footfall.context_tokens
+            await self.footprints.record(manifest, *shape, measured)
 
     async def unload(self, host: EngineHost, held_bytes: int, settings: LoadingSettings) -> int:
         """End an engine's process; returns how many bytes did not come back.
@@ -126,6 +176,8 @@ class Loader:
         All of `held_bytes` when the process itself can't be ended.
         """
         before = self._machine.view().memory.available_bytes
+        if before is not None and host.lost.done():  # its memory may have come back by now
+            before = min([before, *(available for _, available in self._seen)])
         try:
             await host.stop(settings.unload_timeout_s)
         except WorkerError as error:
@@ -140,11 +192,11 @@ class Loader:
             return 0
         return await self._missing(before, held_bytes, settings.memory_back_s)
 
-    def drop_page_cache(self, manifest: Manifest) -> None:
+    def _drop_page_cache(self, manifest: Manifest) -> None:
         """Let the kernel forget the engine's files: they may keep large blocks apart. Blocks."""
-        directory = self._catalogue.directory(manifest.name)
         for spec in manifest.files:
-            _forget(directory / spec.path)
+            with contextlib.suppress(OSError):
+                _forget(self._catalogue.root / manifest.name / spec.path)
 
     def check_files(self, manifest: Manifest) -> None:
         """Sizes only: reading the files is `engines verify`'s.
@@ -179,7 +231,7 @@ class Loader:
             error = LoadFailed(message, reason="LOAD_TIMEOUT", metadata={"engine": name})
             raise LoadTrouble(error, Failure.OTHER) from None
         except LoadFailed as error:
-            await self._end(host, settings)  # its last words tell why
+            await to_its_end(self._end(host, settings))  # its last words tell why
             failure = classify(error, host.output, host.own_exit_code)
             raise LoadTrouble(error, failure) from error
 
@@ -189,9 +241,18 @@ class Loader:
         except WorkerError as error:
             log.error("engine_unload_unproven", engine=host.manifest.name, error=str(error))
 
+    @contextlib.asynccontextmanager
+    async def _marked(self, manifest: Manifest) -> AsyncIterator[None]:
+        """The marker is on disk before this begins and gone after it, however it ends."""
+        try:
+            await self._mark(manifest)
+            yield
+        finally:
+            await self._unmark()
+
     async def _mark(self, manifest: Manifest) -> None:
         try:
-            await asyncio.to_thread(self.quarantine.begin, manifest)
+            await to_its_end(asyncio.to_thread(self.quarantine.begin, manifest))
         except OSError as error:
             raise LoadFailed(
                 f"engine {manifest.name}: no load without its marker on disk: {error}",
@@ -201,7 +262,7 @@ class Loader:
 
     async def _unmark(self) -> None:
         try:
-            await asyncio.to_thread(self.quarantine.end)
+            await to_its_end(asyncio.to_thread(self.quarantine.end))
         except OSError as error:
             log.error("load_marker_not_removed", error=str(error))
 
@@ -220,43 +281,20 @@ class Loader:
                 return min(held_bytes, held_bytes - (available - before))
 
 
-class _Footfall:
-    """How much memory went while an engine loads: at the worst moment, and at the end.
-
-    The process's own figure where there is one, else by how much MemAvailable fell.
-    """
-
-    def __init__(self, machine: Machine, before: int | None) -> None:
-        self._machine = machine
-        self._before = before
-        self._peak = 0
-        self._steady = 0
-        self._peak_fallen = 0
-        self.fallen_bytes = 0
-
-    async def follow(self, host: EngineHost) -> None:
-        while True:
-            await asyncio.sleep(_MEASURE_S)
-            await self.look(host)
-
-    async def look(self, host: EngineHost) -> None:
-        if host.pid:
-            own = await asyncio.to_thread(self._machine.process_bytes, host.pid)
-            if own is not None:
-                self._steady = own
-                self._peak = max(self._peak, own)
-        available = self._machine.view().memory.available_bytes
-        if available is not None and self._before is not None:
-            self.fallen_bytes = max(0, self._before - available)
-            self._peak_fallen = max(self._peak_fallen, self.fallen_bytes)
-
-    def measurement(self) -> MeasuredLoad | None:
-        if self._peak:
-            return MeasuredLoad(self._peak, self._steady, "process", time.time())
-        if self._peak_fallen:
-            peak, steady = self._peak_fallen, self.fallen_bytes
-            return MeasuredLoad(peak, steady, "available", time.time())
-        return None
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await this whole, also when cancelled meanwhile; the cancellation comes after it."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()
+        raise cancelled
+    return task.result()
 
 
 def _forget(path: Path) -> None:

@@ -4,12 +4,16 @@ MemAvailable is the truth where the GPU shares the CPU's memory; a discrete card
 where there is one and engines are loaded into it.
 """
 
+import os
+import threading
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from edge_agent.scheduling.values import Heat, MachineView, Memory
 from edge_agent.telemetry import procfs, tegra
+from edge_agent.telemetry.nvml import Nvml
 from edge_agent.telemetry.process import read_process_memory
 from edge_agent.telemetry.reading import ReadingStatus
 from edge_agent.telemetry.sampler import Sampler
@@ -19,6 +23,21 @@ _WARM_MILLI_C = 5000
 """Nearer than this to its limit a zone counts as warm."""
 _AHEAD_S = 30.0
 """So is one that would get there within this time, heating as it does now."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessBytes:
+    """What one process takes: `all_bytes`, and of it `held_bytes` that are missing of MemAvailable.
+
+    The pages of the files that it maps are in the former only: the kernel can take them back.
+    """
+
+    all_bytes: int
+    held_bytes: int
+
+    def plus(self, count: int) -> "ProcessBytes":
+        """With so much more of a driver, which nobody can take back."""
+        return ProcessBytes(self.all_bytes + count, self.held_bytes + count)
 
 
 class Machine(Protocol):
@@ -32,8 +51,18 @@ class Machine(Protocol):
         """Memory is sampled fast in this block."""
         ...
 
-    def process_bytes(self, pid: int) -> int | None:
-        """What one process holds, as far as the kernel or the driver can tell. Blocks."""
+    def process_bytes(self, pid: int) -> ProcessBytes | None:
+        """What one process holds; None where nobody tells all of it. Blocks.
+
+        Without the driver's part where `driver_bytes` tells that.
+        """
+        ...
+
+    def driver_bytes(self) -> int | None:
+        """What the GPU's driver holds for all processes together; None where that is no question.
+
+        Only where engines run on a GPU whose driver does not tell each process's part. Blocks.
+        """
         ...
 
 
@@ -48,6 +77,8 @@ class TelemetryMachine:
         self._sysroot = sysroot
         self._on_gpu = on_gpu
         self._had_zones = False
+        self._nvml = Nvml()
+        self._nvml_turn = threading.Lock()
         self.part = module.part if module else None
         self.total_bytes = procfs.read_memory(sysroot).total_bytes.value or 0
 
@@ -74,9 +105,38 @@ class TelemetryMachine:
         """Memory is sampled at 20 Hz in this block."""
         return self._sampler.fast()
 
-    def process_bytes(self, pid: int) -> int | None:
-        """The process's proportional set; the driver's part of it is not in it. Blocks."""
-        return read_process_memory(self._sysroot, pid).pss_bytes.value
+    def process_bytes(self, pid: int) -> ProcessBytes | None:
+        """The process's proportional set, and what NVML says it holds of an integrated GPU.
+
+        On a discrete card only the latter: engines are loaded into its own memory. Blocks.
+        """
+        own = self._own_bytes(pid)
+        if not self._on_gpu:
+            return own
+        on_gpu = self._on_nvml(pid)
+        if on_gpu is None:
+            return own if self._nvmap_bytes() is not None else None
+        if _discrete(self._sampler.latest.gpus) is not None:
+            own = ProcessBytes(0, 0)
+        return own.plus(on_gpu) if own and on_gpu else None
+
+    def driver_bytes(self) -> int | None:
+        """NvMapMemUsed of a Jetson Orin, where NVML tells nothing of processes. Blocks."""
+        if not self._on_gpu or self._on_nvml(os.getpid()) is not None:
+            return None
+        return self._nvmap_bytes()
+
+    def _own_bytes(self, pid: int) -> ProcessBytes | None:
+        memory = read_process_memory(self._sysroot, pid)
+        pss, of_files = memory.pss_bytes.value, memory.pss_file_bytes.value
+        return None if pss is None or of_files is None else ProcessBytes(pss, pss - of_files)
+
+    def _on_nvml(self, pid: int) -> int | None:
+        with self._nvml_turn:
+            return self._nvml.process_bytes(pid).value
+
+    def _nvmap_bytes(self) -> int | None:
+        return procfs.read_memory(self._sysroot).nvmap_used_bytes.value
 
 
 def machine_view(

@@ -49,8 +49,19 @@ def queued_step(
         output_tokens=output,
         deadline_s=origin.deadline_s,
         run_id=origin.run_id,
-        preemptible=origin.priority is Priority.BATCH,
+        preemptible=origin.priority is Priority.BATCH and _may_stop(request),
     )
+
+
+def _may_stop(request: StepRequest) -> bool:
+    """Whether it can be stopped and started again without contradicting itself."""
+    sampling = request.sampling
+    return _resumes(request) or sampling.temperature == 0.0 or sampling.seed is not None
+
+
+def _resumes(request: StepRequest) -> bool:
+    """Free text goes on from its own words."""
+    return not request.tools and not request.output_schema_json
 
 
 @dataclass(slots=True, eq=False)
@@ -67,13 +78,22 @@ class PendingStep:
     sequence: Sequence | None = None
     stopping: bool = False
     abandoned: bool = False
-    started_s: float = 0.0
-    load_s: float = 0.0
     state: RunState | None = None
+    _waits_since_s: float = 0.0
+    _queue_s: float = 0.0
+    _load_s: float = 0.0
+    _decode_s: float = 0.0
+    _ttft_ms: float | None = None
+    _started_s: float = 0.0
+    _first_text_s: float | None = None
     _written: str = ""
     _again: str | None = None
     _tokens_before: int = 0
     _tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """It waits from when it was asked for."""
+        self._waits_since_s = self.step.asked_s
 
     def tell(self, state: RunState, progress: float | None = None) -> None:
         """Say where the step is, once for each change."""
@@ -82,37 +102,39 @@ class PendingStep:
         self.state = state
         self.on_state(state, progress)
 
-    @property
-    def may_stop(self) -> bool:
-        """Whether it can be stopped now and started again without contradicting itself."""
-        sampling = self.request.sampling
-        repeats = sampling.temperature == 0.0 or sampling.seed is not None
-        return not self._written or self._resumes or repeats
-
-    @property
-    def _resumes(self) -> bool:
-        return not self.request.tools and not self.request.output_schema_json
+    def started(self, now_s: float, load_asked_s: float, ready_s: float) -> None:
+        """It has a place, in an engine whose load began and ended at these times."""
+        load_s = max(0.0, ready_s - max(self._waits_since_s, load_asked_s))
+        self._load_s += load_s
+        self._queue_s += max(0.0, now_s - self._waits_since_s - load_s)
+        self._started_s, self._first_text_s = now_s, None
 
     def next_request(self) -> StepRequest:
         """What the worker is asked: at another attempt, to go on from what was written."""
         if not self._written:
             return self.request
-        if not self._resumes:
+        if not _resumes(self.request):
             self._again = ""
             return self.request
-        wanted = self.request.max_output_tokens
-        left = None if wanted is None else max(1, wanted - self._tokens_before)
+        left = max(1, self.step.output_tokens - self._tokens_before)
         return dataclasses.replace(self.request, resume_text=self._written, max_output_tokens=left)
 
-    def stopped(self) -> None:
-        """The attempt has ended without a result."""
+    def stopped(self, now_s: float) -> None:
+        """The attempt has ended without a result, and it waits again."""
         self.sequence, self.stopping = None, False
         self._tokens_before += self._tokens
         self._tokens = 0
+        self._waits_since_s = now_s
+        if self._first_text_s is not None:
+            self._decode_s += now_s - self._first_text_s
 
-    def take_text(self, text: str, tokens: int) -> None:
+    def take_text(self, text: str, tokens: int, now_s: float) -> None:
         """The worker has written more."""
         self._tokens += tokens
+        if self._first_text_s is None:
+            self._first_text_s = now_s
+        if self._ttft_ms is None:
+            self._ttft_ms = (now_s - self._started_s) * 1000
         if self._again is not None:
             text = self._new_part(text)
         if text:
@@ -127,13 +149,20 @@ class PendingStep:
         return self._again[len(self._written) :]
 
     def result(self, result: StepResult) -> StepResult:
-        """The worker's result with what the scheduler knows about the time it took."""
-        waited_s = self.started_s - self.step.asked_s
+        """The worker's result with what went before it: waiting, loading, other attempts."""
+        last = result.usage
+        if self.stopping and result.text.startswith(self._written):
+            # it has finished before it could be stopped, and what it wrote meanwhile went nowhere
+            rest = result.text[len(self._written) :]
+            if rest:
+                self.on_text(rest, max(0, last.completion_tokens - self._tokens))
         usage = dataclasses.replace(
-            result.usage,
-            completion_tokens=result.usage.completion_tokens + self._tokens_before,
-            queue_s=max(0.0, waited_s - self.load_s),
-            load_s=self.load_s,
+            last,
+            completion_tokens=last.completion_tokens + self._tokens_before,
+            decode_s=last.decode_s + self._decode_s,
+            ttft_ms=self._ttft_ms if self._tokens_before else last.ttft_ms,
+            queue_s=self._queue_s,
+            load_s=self._load_s,
         )
         return dataclasses.replace(result, usage=usage)
 

@@ -36,10 +36,10 @@ class _Marker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Suspect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An engine and how many boots ended inside its load."""
+    """An engine and the boots that ended inside its load, each once."""
 
     engine: str
-    boots: int
+    boot_ids: tuple[str, ...]
 
 
 class Quarantine:
@@ -57,13 +57,14 @@ class Quarantine:
     def refusal(self, manifest: Manifest) -> EngineError | None:
         """Why this engine must not be loaded; None when it may."""
         suspect = self._suspects.get(manifests.digest(manifest))
-        if suspect is None or suspect.boots < _BOOTS:
+        boots = len(suspect.boot_ids) if suspect else 0
+        if boots < _BOOTS:
             return None
         return EngineError(
-            f"engine {manifest.name} is in quarantine: {suspect.boots} boots ended inside its "
+            f"engine {manifest.name} is in quarantine: {boots} boots ended inside its "
             f"load; `edge-agent engines release {manifest.name}` lets it load again",
             reason="ENGINE_QUARANTINED",
-            metadata={"engine": manifest.name, "boots": suspect.boots},
+            metadata={"engine": manifest.name, "boots": boots},
         )
 
     def release(self, manifest: Manifest) -> bool:
@@ -103,20 +104,23 @@ class Quarantine:
             durable.remove(self._state_dir / MARKER)
 
     def _count_marker(self, state_dir: Path) -> None:
+        """Whatever goes wrong here, the daemon comes up; a boot is never counted twice."""
         marker = _read(state_dir / MARKER, _Marker)
         if marker is None:
             return
-        if marker.boot_id != self._boot_id:
-            before = self._suspects.get(marker.digest)
-            boots = (before.boots if before else 0) + 1
-            self._suspects[marker.digest] = _Suspect(marker.engine, boots)
-            log.error("boot_ended_in_load", engine=marker.engine, boots=boots)
-            try:
-                self._keep()
-            except OSError as error:
-                log.error("quarantine_not_kept", error=str(error))
-                return
-        (state_dir / MARKER).unlink(missing_ok=True)
+        try:
+            if marker.boot_id != self._boot_id:
+                self._suspect(marker)
+            durable.remove(state_dir / MARKER)
+        except OSError as error:
+            log.error("quarantine_not_kept", error=str(error))
+
+    def _suspect(self, marker: _Marker) -> None:
+        before = self._suspects.get(marker.digest)
+        boot_ids = {marker.boot_id, *(before.boot_ids if before else ())}
+        self._suspects[marker.digest] = _Suspect(marker.engine, tuple(sorted(boot_ids)))
+        log.error("boot_ended_in_load", engine=marker.engine, boots=len(boot_ids))
+        self._keep()
 
     def _keep(self) -> None:
         if self._state_dir is not None:
@@ -137,5 +141,9 @@ def _read(path: Path, kind: type[T]) -> T | None:
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        log.warning("quarantine_file_unreadable", path=str(path), error=str(error))
+        log.error("quarantine_file_set_aside", path=str(path), error=str(error))
+        try:
+            durable.set_aside(path)
+        except OSError as problem:
+            log.error("quarantine_file_not_set_aside", path=str(path), error=str(problem))
         return None

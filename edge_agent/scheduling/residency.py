@@ -5,9 +5,8 @@ Remembers of each engine how long its last load took and why it failed.
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -17,8 +16,10 @@ from edge_agent.engines import manifest as manifests
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.host import EngineHost
 from edge_agent.engines.manifest import Manifest
-from edge_agent.errors import LoadFailed, WorkerError
+from edge_agent.errors import EdgeAgentError, LoadFailed, WorkerError
+from edge_agent.scheduling.backoff import Backoff
 from edge_agent.scheduling.failures import Failure, out_of_memory
+from edge_agent.scheduling.footfall import Footfall
 from edge_agent.scheduling.footprint import estimate
 from edge_agent.scheduling.loading import Loader, LoadingSettings, LoadTrouble
 from edge_agent.scheduling.planner import LOST, Planner
@@ -35,15 +36,19 @@ class _Hosted:
     progress: float | None = None
     ready: bool = False
     loading: "asyncio.Task[None] | None" = None
+    footfall: Footfall | None = None
+    most_tokens: int = 0
+    measuring: bool = False
     unloading: "asyncio.Future[None] | None" = None
 
 
 @dataclass(slots=True)
 class _History:
-    """What is remembered of an engine's last load."""
+    """What is remembered of an engine's last loads."""
 
     load_s: float | None = None
     error: RunError | None = None
+    backoff: Backoff = field(default_factory=Backoff)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +134,35 @@ class Residency:
         """Remember why an engine can't be loaded, where that is known without trying."""
         self._histories.setdefault(name, _History()).error = error.as_run_error()
 
+    def refusal(self, manifest: Manifest, now_s: float) -> EdgeAgentError | None:
+        """Why an engine is not tried now, after its last loads; None when it may be."""
+        history = self._histories.get(manifest.name)
+        if history is None:
+            return None
+        return history.backoff.refusal(now_s, lambda: self._loader.files(manifest))
+
+    def forgive(self, name: str | None = None) -> None:
+        """Forget the failures of an engine, or of all: the next step may try it again."""
+        for each, history in self._histories.items():
+            if name in (None, each):
+                history.backoff.forgive()
+
+    async def release(self, manifest: Manifest) -> None:
+        """Forget an engine's failures, and what it was measured to take."""
+        self.forgive(manifest.name)
+        await self._loader.footprints.forget(manifest, *self._shape(manifest))
+
     def begin_load(self, name: str, attempt: int) -> None:
         """Start an engine's process and load it."""
-        manifest = self._catalogue.get(name)
+        history = self._histories.setdefault(name, _History())
+        history.error = None
+        try:
+            manifest = self._catalogue.get(name)
+        except EdgeAgentError as error:  # removed, or broken, since its step came
+            self._load_failed(name, attempt, LoadTrouble(error, Failure.OTHER))
+            return
         hosted = _Hosted(self._loader.new_host(manifest, self._settings()))
         self._hosted[name] = hosted
-        self._histories.setdefault(name, _History()).error = None
         hosted.loading = self._spawn(self._load(name, hosted, attempt))
 
     def begin_unload(self, name: str) -> None:
@@ -159,6 +187,16 @@ class Residency:
         elif hosted.loading is not None:
             hosted.loading.cancel()
 
+    def step_ended(self, name: str, tokens: int) -> None:
+        """A step with so many tokens, prompt and output, has gone through the engine."""
+        hosted = self._hosted.get(name)
+        if hosted is None or not hosted.ready or tokens <= hosted.most_tokens:
+            return
+        hosted.most_tokens = tokens
+        if hosted.footfall is not None and not hosted.measuring:
+            hosted.measuring = True
+            self._spawn(self._measure_again(name, hosted, hosted.footfall))
+
     async def stop(self) -> None:
         """End every process, busy or not."""
         self._stopping = True
@@ -170,15 +208,18 @@ class Residency:
         for outcome in await asyncio.gather(*stops, return_exceptions=True):
             if isinstance(outcome, WorkerError):
                 log.error("engine_unload_unproven", reason=outcome.reason, error=str(outcome))
+        for hosted in self._hosted.values():
+            if hosted.unloading is not None and not hosted.unloading.done():
+                hosted.unloading.set_result(None)
         self._hosted.clear()
 
     async def _load(self, name: str, hosted: _Hosted, attempt: int) -> None:
-        if attempt > 1:
-            with contextlib.suppress(OSError):
-                await asyncio.to_thread(self._loader.drop_page_cache, hosted.host.manifest)
         try:
-            held_bytes = await self._loader.load(
-                hosted.host, self._settings(), lambda fraction: self._progressed(name, fraction)
+            footfall = await self._loader.load(
+                hosted.host,
+                self._settings(),
+                lambda fraction: self._progressed(name, fraction),
+                again=attempt > 1,
             )
         except LoadTrouble as trouble:
             self._load_failed(name, attempt, trouble)
@@ -187,13 +228,42 @@ class Residency:
                 raise
             self._load_failed(name, attempt, _killed(name))
         else:
-            self._loaded(name, hosted, held_bytes)
+            self._loaded(name, hosted, footfall)
+            self._spawn(self._settle(name, hosted, footfall))
         self._reports.changed()
 
-    def _loaded(self, name: str, hosted: _Hosted, held_bytes: int) -> None:
-        host = hosted.host
-        hosted.ready, hosted.progress = True, None
-        self._histories[name].load_s = host.load_s
+    async def _settle(self, name: str, hosted: _Hosted, footfall: Footfall) -> None:
+        """What a load has taken in its last moments shows only at telemetry's next look."""
+        if not footfall.of_process:
+            await self._loader.observed()
+            if not self._stays(name, hosted):
+                return
+            await footfall.look(hosted.host)
+            self._remeasured(name, footfall)
+        await self._loader.keep(hosted.host.manifest, footfall)
+
+    async def _measure_again(self, name: str, hosted: _Hosted, footfall: Footfall) -> None:
+        """After the largest step since the load."""
+        raised = await footfall.look_again(hosted.host)
+        hosted.measuring = False
+        if raised and self._stays(name, hosted):
+            self._remeasured(name, footfall)
+            await self._loader.keep(hosted.host.manifest, footfall)
+
+    def _stays(self, name: str, hosted: _Hosted) -> bool:
+        return self._hosted.get(name) is hosted and hosted.unloading is None
+
+    def _remeasured(self, name: str, footfall: Footfall) -> None:
+        measured = footfall.measurement()
+        if measured is not None:
+            self._planner.remeasured(name, measured.steady_bytes, footfall.held_bytes)
+            self._reports.changed()
+
+    def _loaded(self, name: str, hosted: _Hosted, footfall: Footfall) -> None:
+        host, held_bytes, history = hosted.host, footfall.held_bytes, self._histories[name]
+        hosted.ready, hosted.progress, hosted.footfall = True, None, footfall
+        history.load_s = host.load_s
+        history.backoff.forgive()
         now_s = asyncio.get_running_loop().time()
         self._planner.loaded(name, host.slots, held_bytes, now_s)
         host.lost.add_done_callback(lambda lost: self._lost(name, hosted, lost.result()))
@@ -208,7 +278,7 @@ class Residency:
         )
 
     def _load_failed(self, name: str, attempt: int, trouble: LoadTrouble) -> None:
-        del self._hosted[name]
+        hosted = self._hosted.pop(name, None)
         error, failure = trouble.error, trouble.failure
         retry = failure is not Failure.OTHER
         again = retry and attempt == 1
@@ -225,7 +295,11 @@ class Residency:
             again=again,
         )
         if not again:
-            self._histories[name].error = error.as_run_error()
+            history = self._histories[name]
+            history.error = error.as_run_error()
+            if hosted is not None:
+                files = self._loader.files(hosted.host.manifest)
+                history.backoff.failed(error, files, asyncio.get_running_loop().time())
         for refused in self._planner.load_failed(name, error, retry=retry):
             self._reports.refused(refused)
 
@@ -237,7 +311,11 @@ class Residency:
 
     async def _unload(self, name: str, hosted: _Hosted, ended: "asyncio.Future[None]") -> None:
         held = self._planner.state.residents[name].held_bytes
-        missing = await self._loader.unload(hosted.host, held, self._settings())
+        try:
+            missing = await self._loader.unload(hosted.host, held, self._settings())
+        except Exception:  # whatever it is: an engine must not stay on its way for ever
+            log.exception("engine_unload_broke", engine=name)
+            missing = held
         del self._hosted[name]
         if missing:
             self._planner.leaked(name, missing)

@@ -287,7 +287,9 @@ class Scheduler:
         return self.engine(name)
 
     async def release(self, name: str) -> EngineInfo:
-        """Forget what is held against an engine: boots that ended in its load, a leak.
+        """Forget what is held against an engine.
+
+        Boots that ended in its load, a leak, failed loads, and what it was measured to take.
 
         Raises:
             NotFound: not installed.
@@ -304,7 +306,7 @@ class Scheduler:
                     metadata={"engine": name, "cause": str(error)},
                 ) from error
         self._planner.release(name)
-        self._residency.forgive(name)
+        await self._residency.release(manifest)
         self._turn()
         return self.engine(name)
 
@@ -330,6 +332,23 @@ class Scheduler:
     def memory(self) -> MemoryStatus:
         """What is left for engines."""
         return memory_status(self._planner.state)
+
+    def problems(self) -> tuple[str, ...]:
+        """What an operator must look at: engines in quarantine, memory that did not come back.
+
+        Raises:
+            ManifestError: the store can't be read.
+        """
+        refusals = [self._quarantine.refusal(manifest) for manifest in self._catalogue.list()]
+        leaks = self._planner.state.leaks.items()
+        return (
+            *(refusal.message for refusal in refusals if refusal),
+            *(
+                f"engine {name}: {leak.missing_bytes} bytes did not come back when its process "
+                f"ended; `edge-agent engines release {name}` counts them as free again"
+                for name, leak in leaks
+            ),
+        )
 
     def step_counts(self) -> tuple[int, int]:
         """How many steps wait and how many run."""

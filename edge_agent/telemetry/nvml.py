@@ -38,6 +38,7 @@ _WORDS: Final = {
 _NVGPU: Final = "(nvgpu)"
 _UNIFIED: Final = ("Thor", "GB10")
 _MAX_PERCENT: Final = 100
+_PROCESSES: Final = "nvmlDeviceGetComputeRunningProcesses"
 _MAX_GPUS: Final = 64
 _THROTTLE_REASONS: Final = {
     0x04: ThrottleReason.POWER,  # SwPowerCap
@@ -103,6 +104,29 @@ class Nvml:
                 )
             ),
         )
+
+    def process_bytes(self, pid: int) -> Reading[int]:
+        """GPU memory of one process, over all GPUs; 0 when none computes for it."""
+        start = self._start()
+        count: Reading[int] = self._ask("nvmlDeviceGetCount") if start.value else start.parsed(int)
+        held = 0
+        for index in range(min(count.value or 0, _MAX_GPUS)):
+            found = self._process_bytes(index, pid)
+            if found.value is None:
+                return found
+            held += found.value
+        return count.parsed(lambda _: held)
+
+    def _process_bytes(self, index: int, pid: int) -> Reading[int]:
+        handle = self._ask("nvmlDeviceGetHandleByIndex", index)
+        name = self._ask("nvmlDeviceGetName", handle.value) if handle.value else handle
+        if name.value is None:
+            return name
+        processes: Reading[list[Any]] = self._ask(_PROCESSES, handle.value)
+        held = [each.usedGpuMemory for each in processes.value or () if each.pid == pid]
+        if None in held:
+            return unsupported(_PROCESSES, "the driver does not tell how much")
+        return _believed(name, processes.parsed(lambda _: sum(held)))
 
     def close(self) -> None:
         """Let go of the driver; the next read initialises again."""

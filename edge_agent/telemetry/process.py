@@ -9,9 +9,13 @@ from edge_agent.telemetry.reading import Reading, failed, ok
 
 @dataclass(frozen=True, slots=True)
 class ProcessMemory:
-    """`pss_bytes` counts what several processes share in parts, `rss_bytes` as a whole."""
+    """`pss_bytes` counts what several processes share in parts, `rss_bytes` as a whole.
+
+    `pss_file_bytes` of the former are pages of files.
+    """
 
     pss_bytes: Reading[int]
+    pss_file_bytes: Reading[int]
     rss_bytes: Reading[int]
 
 
@@ -21,7 +25,7 @@ def read_process_memory(sysroot: Path, pid: int) -> ProcessMemory:
     rss = _size(rollup, "Rss")
     if rss.value is None:
         rss = _size(read_text(sysroot, f"proc/{pid}/status"), "VmRSS")
-    return ProcessMemory(_size(rollup, "Pss"), rss)
+    return ProcessMemory(_size(rollup, "Pss"), _size(rollup, "Pss_File"), rss)
 
 
 def _size(text: Reading[str], key: str) -> Reading[int]:

@@ -105,7 +105,7 @@ def busy(client: Connection) -> str:
 
 def quarantine(daemon: DaemonProcess, store: Catalogue, name: str) -> None:
     """As two boots that ended inside this engine's load leave it."""
-    suspects = {digest(store.get(name)): {"engine": name, "boots": 2}}
+    suspects = {digest(store.get(name)): {"engine": name, "boot_ids": ["one", "two"]}}
     (daemon.state_dir / "quarantine.json").write_text(json.dumps(suspects))
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from contextlib import AbstractContextManager
 
+from edge_agent.scheduling.machine import ProcessBytes
 from edge_agent.scheduling.values import Heat, MachineView, Memory
 
 GIB = 1 << 30
@@ -14,7 +15,8 @@ class SetMachine:
 
     def __init__(self, total_bytes: int = 64 * GIB, available_bytes: int | None = 60 * GIB) -> None:
         self._view = MachineView(Memory(total_bytes, available_bytes))
-        self.process: int | None = None
+        self.processes: dict[int, ProcessBytes] = {}
+        self.driver: int | None = None
 
     def view(self) -> MachineView:
         """As it was set."""
@@ -24,9 +26,13 @@ class SetMachine:
         """Nothing to be read faster."""
         return contextlib.nullcontext()
 
-    def process_bytes(self, pid: int) -> int | None:  # noqa: ARG002 - the machine's question
+    def process_bytes(self, pid: int) -> ProcessBytes | None:
         """As it was set."""
-        return self.process
+        return self.processes.get(pid)
+
+    def driver_bytes(self) -> int | None:
+        """As it was set."""
+        return self.driver
 
     def set(self, *, available_bytes: int | None = None, heat: Heat | None = None) -> MachineView:
         """Change what is given; returns the view, for whoever must be told."""
