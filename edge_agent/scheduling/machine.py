@@ -69,15 +69,26 @@ class Machine(Protocol):
 class TelemetryMachine:
     """The machine below `sysroot`, as the sampler sees it."""
 
-    def __init__(self, sampler: Sampler, sysroot: Path, *, on_gpu: bool = False) -> None:
-        """Read once what does not change. `on_gpu`: engines run on a GPU."""
+    def __init__(
+        self,
+        sampler: Sampler,
+        sysroot: Path,
+        *,
+        on_gpu: bool = False,
+        nvml: Nvml | None = None,
+    ) -> None:
+        """Read once what does not change.
+
+        `on_gpu`: engines run on a GPU. `nvml` None: as in `Sampler`.
+        """
         machine = tegra.read_machine(sysroot)
         module = machine.module.value
         self._sampler = sampler
         self._sysroot = sysroot
         self._on_gpu = on_gpu
         self._had_zones = False
-        self._nvml = Nvml()
+        self._on_card = False
+        self._nvml = nvml or (Nvml() if sysroot == Path("/") else None)
         self._nvml_turn = threading.Lock()
         self.part = module.part if module else None
         self.total_bytes = procfs.read_memory(sysroot).total_bytes.value or 0
@@ -93,6 +104,7 @@ class TelemetryMachine:
 
     def seen(self, snapshot: TelemetrySnapshot) -> MachineView:
         """What a snapshot means."""
+        self._on_card = _discrete(snapshot.gpus) is not None
         self._had_zones = self._had_zones or snapshot.thermal_margin_milli_c is not None
         return machine_view(
             snapshot,
@@ -116,7 +128,7 @@ class TelemetryMachine:
         on_gpu = self._on_nvml(pid)
         if on_gpu is None:
             return own if self._nvmap_bytes() is not None else None
-        if _discrete(self._sampler.latest.gpus) is not None:
+        if self._on_card:
             own = ProcessBytes(0, 0)
         return own.plus(on_gpu) if own and on_gpu else None
 
@@ -132,6 +144,8 @@ class TelemetryMachine:
         return None if pss is None or of_files is None else ProcessBytes(pss, pss - of_files)
 
     def _on_nvml(self, pid: int) -> int | None:
+        if self._nvml is None:
+            return None
         with self._nvml_turn:
             return self._nvml.process_bytes(pid).value
 

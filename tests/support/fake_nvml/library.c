@@ -36,6 +36,12 @@ typedef struct {
   unsigned int gpu, memory;
 } utilization;
 
+typedef struct {
+  unsigned int pid;
+  unsigned long long used;
+  unsigned int gpu_instance, compute_instance;
+} process;
+
 static pid_t initialised_in;
 
 /* The value of a key, or the error that stands for it. */
@@ -192,6 +198,24 @@ result nvmlDeviceGetPowerUsage(device gpu, unsigned int *out) {
 result nvmlDeviceGetClockInfo(device gpu, int clock, unsigned int *out) {
   (void)clock;
   return unsigned_of(gpu, "clock_mhz", out);
+}
+
+/* Of pid:bytes,pid:bytes; `none` for bytes: the driver does not tell. */
+result nvmlDeviceGetComputeRunningProcesses_v3(device gpu, unsigned int *count, process *out) {
+  char key[64], value[512];
+  snprintf(key, sizeof key, "%d.processes", (int)(size_t)gpu - 1);
+  result answer = text(key, value, sizeof value);
+  if (answer != SUCCESS) return answer;
+  unsigned int found = 0;
+  for (char *rest = value, *entry; (entry = strtok_r(rest, ",", &rest));) {
+    unsigned int pid = (unsigned int)strtoul(entry, &entry, 10);
+    unsigned long long held = strcmp(entry, ":none") ? strtoull(entry + 1, NULL, 10) : ~0ull;
+    if (found < *count) out[found] = (process){pid, held, ~0u, ~0u};
+    found++;
+  }
+  answer = found > *count ? INSUFFICIENT_SIZE : SUCCESS;
+  *count = found;
+  return answer;
 }
 
 #ifndef OLD_DRIVER
