@@ -19,9 +19,9 @@ GIB, MIB = 1 << 30, 1 << 20
 ZONE = "sys/class/thermal/thermal_zone"
 
 
-def machine_of(root: Path, **changes: bool) -> tuple[TelemetryMachine, Sampler]:
+def machine_of(root: Path) -> tuple[TelemetryMachine, Sampler]:
     sampler = Sampler(root, clock=lambda: 0.0, nvml=Nvml())
-    return TelemetryMachine(sampler, root, **changes), sampler
+    return TelemetryMachine(sampler, root), sampler
 
 
 def view_of(root: Path) -> MachineView:
