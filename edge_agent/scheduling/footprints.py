@@ -52,12 +52,12 @@ class Footprints:
     async def forget(self, manifest: Manifest, slots: int, context_tokens: int) -> None:
         """Begin anew from the estimate."""
         if self._known.pop(self._key(manifest, slots, context_tokens), None) is not None:
-            await self._keep()
+            await self.keep()
 
-    async def record(
+    def add(
         self, manifest: Manifest, slots: int, context_tokens: int, measured: MeasuredLoad
     ) -> None:
-        """Remember one load's figures; a disk that does not take them is logged, and no more.
+        """Take in one load's figures; `keep` writes them.
 
         A load is known by its time: later figures of it take the place of its earlier ones.
         """
@@ -70,9 +70,9 @@ class Footprints:
         self._known[key] = [*history, measured][-_KEPT:]  # the newest engine last
         while len(self._known) > _KEPT_ENGINES:
             del self._known[next(iter(self._known))]
-        await self._keep()
 
-    async def _keep(self) -> None:
+    async def keep(self) -> None:
+        """Write what is known; a disk that does not take it is logged, and no more."""
         if self._path is None:
             return
         async with self._writing:

@@ -26,7 +26,7 @@ from edge_agent.scheduling.footfall import Footfall
 from edge_agent.scheduling.footprints import Footprints
 from edge_agent.scheduling.machine import Machine
 from edge_agent.scheduling.quarantine import Quarantine
-from edge_agent.scheduling.values import MachineView
+from edge_agent.scheduling.values import Footprint, MachineView
 from edge_agent.wakeup import Wakeup
 
 T = TypeVar("T")
@@ -163,12 +163,15 @@ class Loader:
                 measuring.cancel()
         return footfall
 
-    async def keep(self, manifest: Manifest, footfall: Footfall) -> None:
-        """Remember what a load was seen to take; later figures of it take the place of these."""
-        measured = footfall.measurement()
+    def learn(self, manifest: Manifest, footfall: Footfall) -> Footprint:
+        """Take in what a load was seen to take; returns what the engine takes by all that is known.
+
+        Later figures of a load take the place of its earlier ones.
+        """
+        shape, measured = (footfall.slots, footfall.context_tokens), footfall.measurement()
         if measured is not None:
-            shape = footfall.slots, footfall.context_tokens
-            await self.footprints.record(manifest, *shape, measured)
+            self.footprints.add(manifest, *shape, measured)
+        return self.footprints.of(manifest, *shape)
 
     async def unload(self, host: EngineHost, held_bytes: int, settings: LoadingSettings) -> int:
         """End an engine's process; returns how many bytes did not come back.

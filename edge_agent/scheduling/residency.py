@@ -239,25 +239,25 @@ class Residency:
             if not self._stays(name, hosted):
                 return
             await footfall.look(hosted.host)
-            self._remeasured(name, footfall)
-        await self._loader.keep(hosted.host.manifest, footfall)
+        await self._learn(name, hosted, footfall)
 
     async def _measure_again(self, name: str, hosted: _Hosted, footfall: Footfall) -> None:
         """After the largest step since the load."""
         raised = await footfall.look_again(hosted.host)
         hosted.measuring = False
-        if raised and self._stays(name, hosted):
-            self._remeasured(name, footfall)
-            await self._loader.keep(hosted.host.manifest, footfall)
+        if raised:
+            await self._learn(name, hosted, footfall)
+
+    async def _learn(self, name: str, hosted: _Hosted, footfall: Footfall) -> None:
+        """What was seen counts at once, for the engine in memory too, and is kept."""
+        footprint = self._loader.learn(hosted.host.manifest, footfall)
+        if self._stays(name, hosted):
+            self._planner.remeasured(name, footprint.steady_bytes, footfall.held_bytes)
+            self._reports.changed()
+        await self._loader.footprints.keep()
 
     def _stays(self, name: str, hosted: _Hosted) -> bool:
         return self._hosted.get(name) is hosted and hosted.unloading is None
-
-    def _remeasured(self, name: str, footfall: Footfall) -> None:
-        measured = footfall.measurement()
-        if measured is not None:
-            self._planner.remeasured(name, measured.steady_bytes, footfall.held_bytes)
-            self._reports.changed()
 
     def _loaded(self, name: str, hosted: _Hosted, footfall: Footfall) -> None:
         host, held_bytes, history = hosted.host, footfall.held_bytes, self._histories[name]

@@ -29,7 +29,8 @@ def load(number: float, steady: int = GIB) -> MeasuredLoad:
 def record(known: Footprints, *loads: MeasuredLoad, shape: tuple[int, int] = SHAPE) -> None:
     async def all_of_them() -> None:
         for each in loads:
-            await known.record(manifest(), *shape, each)
+            known.add(manifest(), *shape, each)
+            await known.keep()
 
     asyncio.run(all_of_them())
 
