@@ -120,6 +120,9 @@ class TestCorrection:
         assert correct(ESTIMATE, LEAST, history[:4]) == ESTIMATE
         assert correct(ESTIMATE, LEAST, history) == Footprint(700 * MIB, 620 * MIB)
 
+    def test_five_that_are_mistakes_of_measuring_lower_it_to_what_must_be_there(self):
+        assert correct(ESTIMATE, LEAST, [measured(MIB, MIB)] * 5) == Footprint(LEAST, LEAST)
+
     def test_five_that_do_not_agree_leave_it(self):
         history = [measured(700 * MIB, each * MIB) for each in (600, 900, 620, 615, 605)]
         assert correct(ESTIMATE, LEAST, history).steady_bytes == ESTIMATE.steady_bytes

@@ -56,6 +56,13 @@ def test_a_daemon_that_crashed_in_a_load_is_no_boot_that_ended(tmp_path: Path):
     assert Quarantine(tmp_path, "other").refusal(ALPHA) is None
 
 
+def test_boots_in_which_only_the_daemon_crashed_do_not_add_up(tmp_path: Path):
+    for boot in ("one", "two", "three"):
+        Quarantine(tmp_path, boot).begin(ALPHA)
+        Quarantine(tmp_path, boot)  # started again: the machine has lived on
+    assert Quarantine(tmp_path, "now").refusal(ALPHA) is None
+
+
 def test_a_boot_without_an_id_is_never_counted(tmp_path: Path):
     for _ in range(5):
         Quarantine(tmp_path, "").begin(ALPHA)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from edge_agent import durable
 from edge_agent.core import (
     EngineState,
     Message,
@@ -239,6 +241,7 @@ class TestFootprints:
             assert game.steady_bytes() == STEADY + MIB
             game.world.alive("alpha").memory_bytes += GIB  # type: ignore[union-attr]
             await game.ask(text="small", max_output_tokens=1)
+            await asyncio.sleep(0.01)
             assert game.steady_bytes() == STEADY + MIB  # no larger step than before
             await game.ask(text="one that is larger", max_output_tokens=20)
             await asyncio.sleep(0.01)
@@ -366,6 +369,32 @@ class TestQuarantine:
             assert not (game.state_dir / MARKER).exists()
 
         play(scenario)
+
+    def test_a_stop_waits_for_a_slow_disk_that_still_writes_the_marker(
+        self, store: Catalogue, tmp_path: Path, monkeypatch
+    ):
+        begun, go_on = threading.Event(), threading.Event()
+        replace = durable.replace
+
+        def slow(path: Path, content: bytes) -> None:
+            begun.set()
+            go_on.wait()
+            replace(path, content)
+
+        async def scenario() -> None:
+            game = Play(store, tmp_path)
+            loading = asyncio.create_task(game.scheduler.load("alpha"))
+            await asyncio.to_thread(begun.wait)
+            stopping = asyncio.create_task(game.scheduler.stop())
+            await asyncio.sleep(0)  # it is cancelled now
+            go_on.set()
+            await stopping
+            assert not (tmp_path / MARKER).exists()
+            await asyncio.wait([loading])
+            assert loading.exception() is not None
+
+        monkeypatch.setattr(durable, "replace", slow)
+        asyncio.run(scenario())
 
     def test_without_a_marker_on_disk_nothing_is_loaded(self, play):
         async def scenario(game: Play) -> None:

@@ -232,9 +232,12 @@ def test_waiting_loading_and_writing_are_counted_once_each():
         step.write("one ", now_s=109.0)
         step.pending.stopped(112.0)
         step.begin(115.0, load_asked_s=101.0, ready_s=107.0)  # the load was before this wait
-        usage = step.result("one two ", 1, decode_s=2.0, ttft_ms=50.0).usage
-        assert (usage.load_s, usage.queue_s) == (6.0, 2.0 + 3.0)
-        assert usage.decode_s == 3.0 + 2.0
+        step.write("two ", now_s=116.0)
+        step.pending.stopped(117.0)
+        step.begin(118.0, load_asked_s=101.0, ready_s=107.0)
+        usage = step.result("one two three ", 1, decode_s=2.0, ttft_ms=50.0).usage
+        assert (usage.load_s, usage.queue_s) == (6.0, 2.0 + 3.0 + 1.0)
+        assert usage.decode_s == 3.0 + 1.0 + 2.0
         assert usage.ttft_ms == 1000.0  # of the first text that the caller read
         assert (usage.prompt_tokens, usage.cached_tokens) == (10, 4)
 
