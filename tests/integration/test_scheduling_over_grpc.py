@@ -235,8 +235,14 @@ def test_an_engine_in_quarantine_is_not_loaded_before_somebody_releases_it(daemo
         assert Problem(refused.value).reason == "ENGINE_QUARANTINED"
         ended = client.end_of(client.create(goal("Hi")).id)
         assert ended.error.reason == "ENGINE_QUARANTINED"
+        told = status(client)
+        assert told.state == system_pb.DAEMON_STATE_DEGRADED
+        assert [
+            reason.startswith("engine alpha is in quarantine") for reason in told.degraded_reasons
+        ] == [True]
 
         assert not release(admin, "alpha").quarantined
+        assert status(client).state == system_pb.DAEMON_STATE_READY
         assert load(admin, "alpha").state == engine_pb.ENGINE_STATE_READY
     daemon.stop()
     daemon.restart()  # it is not remembered again
