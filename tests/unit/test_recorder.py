@@ -1,6 +1,8 @@
 """What a run's time took of the machine: snapshots of a sampler whose clock is driven by hand."""
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,23 @@ def test_what_was_before_and_comes_after_does_not_count(machine: Machine):
     machine.put({"proc/meminfo": sysroots.meminfo(7_789_568, 2_000)})
     machine.run(1)
     assert (found.min_available_bytes, found.max_temperature_milli_c) == (5_000 * 1024, 49_593)
+
+
+def test_the_end_counts_what_was_sampled_and_not_handed_over_yet(machine: Machine):
+    recording = machine.recorder.begin()
+    machine.put({"proc/meminfo": sysroots.meminfo(7_789_568, 1_000)})
+    machine.now_s += TICK_S
+    machine.sampler.sample(machine.now_s)
+    assert recording.end().min_available_bytes == 1_000 * 1024
+
+
+def test_nothing_is_kept_of_a_recording_that_has_ended(machine: Machine):
+    recording = machine.recorder.begin()
+    gone = weakref.ref(recording)
+    recording.end()
+    del recording
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_rail_that_fails_for_long_makes_the_energy_unknown(machine: Machine):

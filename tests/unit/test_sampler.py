@@ -166,6 +166,15 @@ def test_each_metric_is_read_at_its_rate(machine: Machine):
     assert mode == [n * TICK_S for n in range(1, 20)] + [0.0]
 
 
+def test_a_slow_metric_is_read_on_the_tick_that_is_nearest_to_its_time(machine: Machine):
+    machine.sample()
+    ages = []
+    for _ in range(5):
+        machine.now_s += 0.24  # a thread that wakes a little early each time
+        ages.append(machine.sample().hottest.age_s)
+    assert ages == pytest.approx([0.24, 0.48, 0.72, 0.0, 0.24])
+
+
 # --- misbehaving machines ---
 
 
