@@ -416,16 +416,19 @@ def test_a_timeout_holds_during_the_load(engine_store):
         assert run.state == run_pb.RUN_STATE_SUCCEEDED
 
 
-def test_a_timeout_holds_during_the_prefill(client, other):
-    began_s = time.monotonic()
-    seen = list(events(client.execute(goal("word " * 1900, timeout_s=0.3))))
-    took_s = time.monotonic() - began_s
-    run = seen[-1].run_finished.run
-    assert (run.state, run.error.reason) == (run_pb.RUN_STATE_EXPIRED, "RUN_TIMEOUT")
-    assert "text_delta" not in kinds(seen)
-    assert took_s < 3  # the prefill itself takes longer
-    places_free(other)
-    assert time.monotonic() - began_s < 6  # it was stopped, not merely left
+def test_a_timeout_holds_during_the_prefill(engine_store):
+    config = f"{BASE_CONFIG}preload: [{ENGINE}]\n"  # nobody knows its pace: nothing is refused
+    with running_daemon(engine_store, config) as daemon, Connection(daemon.api_socket) as client:
+        daemon.wait_for("engine_loaded")
+        began_s = time.monotonic()
+        seen = list(events(client.execute(goal("word " * 1900, timeout_s=0.3))))
+        took_s = time.monotonic() - began_s
+        run = seen[-1].run_finished.run
+        assert (run.state, run.error.reason) == (run_pb.RUN_STATE_EXPIRED, "RUN_TIMEOUT")
+        assert "text_delta" not in kinds(seen)
+        assert took_s < 3  # the prefill itself takes longer
+        places_free(client)
+        assert time.monotonic() - began_s < 6  # it was stopped, not merely left
 
 
 # --- clients that vanish or do not read ---

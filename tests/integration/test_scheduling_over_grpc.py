@@ -146,6 +146,15 @@ def test_a_batch_run_gives_way_and_goes_on(daemon, client):
     assert ended.usage.completion_tokens <= 200
 
 
+def test_a_timeout_that_can_not_be_met_is_refused_with_the_arithmetic(client):
+    client.end_of(client.create(goal(STORY, max_output_tokens=128)).id)  # its pace is known now
+    run = client.end_of(client.create(goal("word " * 1900, timeout_s=0.3)).id)
+    assert (run.state, run.error.reason) == (run_pb.RUN_STATE_FAILED, "DEADLINE_UNMEETABLE")
+    told = {name: float(value) for name, value in run.error.metadata.items() if name != "engine"}
+    assert told["load_s"] + told["prefill_s"] + told["decode_s"] > told["left_s"]
+    assert run.usage.prompt_tokens == 0
+
+
 # --- why a step waits ---
 
 
