@@ -1,4 +1,4 @@
-"""How long the production core takes to decide, with the wall clock.
+"""How long the production core takes to decide: CPU time, so that a busy machine does not count.
 
 1,000 steps of 40 clients and all classes wait for 32 installed engines of which 8 are in memory,
 each of them a possible victim. Events are those of a busy daemon: steps end, others arrive, loads
@@ -70,20 +70,20 @@ class _Daemon:
             deadline_s=self.now_s + 3600.0 if self.random.random() < 0.1 else None,
             preemptible=self.random.random() < 0.3,
         )
-        started = time.perf_counter()
+        started = time.thread_time()
         self.planner.submit(step, self.now_s)
         self.decide(started)
 
     def end_one(self) -> None:
         step = self.running.pop(self.random.randrange(len(self.running)))
-        started = time.perf_counter()
+        started = time.thread_time()
         self.planner.ended(step, self.now_s, Served(300, 60, 0.3, 1.5))
         self.decide(started)
 
     def move(self) -> None:
         _, action = self.moving.popleft()
         resident = self.planner.state.residents[action.engine]
-        started = time.perf_counter()
+        started = time.thread_time()
         if isinstance(action, Load):
             steady = resident.facts.footprint.steady_bytes
             self.planner.loaded(action.engine, _SLOTS, steady, self.now_s)
@@ -93,7 +93,7 @@ class _Daemon:
 
     def decide(self, started: float) -> None:
         actions = self.planner.decide(self.now_s)
-        self.timings_s.append(time.perf_counter() - started)
+        self.timings_s.append(time.thread_time() - started)
         for action in actions:
             self.carry_out(action)
 
@@ -116,7 +116,7 @@ class _Daemon:
         self.planner.observe(MachineView(Memory(64 * GIB, 62 * GIB - held)))
         if self.preempting:
             step = self.preempting.popleft()
-            started = time.perf_counter()
+            started = time.thread_time()
             self.planner.preempted(step, self.now_s)
             self.decide(started)
         elif self.moving and self.moving[0][0] <= self.events:
