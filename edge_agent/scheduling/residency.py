@@ -164,6 +164,7 @@ class Residency:
         hosted = _Hosted(self._loader.new_host(manifest, self._settings()))
         self._hosted[name] = hosted
         hosted.loading = self._spawn(self._load(name, hosted, attempt))
+        hosted.loading.add_done_callback(lambda loading: self._load_ended(name, attempt, loading))
 
     def begin_unload(self, name: str) -> None:
         """End an engine's process."""
@@ -223,14 +224,16 @@ class Residency:
             )
         except LoadTrouble as trouble:
             self._load_failed(name, attempt, trouble)
-        except asyncio.CancelledError:
-            if self._stopping:
-                raise
-            self._load_failed(name, attempt, _killed(name))
         else:
             self._loaded(name, hosted, footfall)
             self._spawn(self._settle(name, hosted, footfall))
         self._reports.changed()
+
+    def _load_ended(self, name: str, attempt: int, loading: "asyncio.Task[None]") -> None:
+        """A load that was cancelled, maybe before it began, was killed for memory."""
+        if loading.cancelled() and not self._stopping:
+            self._load_failed(name, attempt, _killed(name))
+            self._reports.changed()
 
     async def _settle(self, name: str, hosted: _Hosted, footfall: Footfall) -> None:
         """What a load has taken in its last moments shows only at telemetry's next look."""

@@ -259,14 +259,14 @@ class ScriptedHost:
         """End the process; a moment later its memory is back, or it is still there."""
         self.leaving = True
         self._lose(WorkerError("the engine was unloaded", reason="ENGINE_UNLOADED"))
-        chance, chances = self._world.chance, self._world.chances
+        chance = self._world.chance
         if self.process_alive:
-            if chance.random() < chances.never_ends:
+            if chance.random() < self._world.chances.never_ends:
                 await asyncio.sleep(timeout_s)
                 asyncio.get_running_loop().call_later(30.0, self._end, False)
                 raise WorkerError("it is still there", reason="UNLOAD_UNPROVEN")
             await asyncio.sleep(chance.choice([0.0, 0.05, 0.5]))
-            self._end(chance.random() < chances.leaks)
+            self._end(chance.random() < self._world.chances.leaks)
 
     def kill(self) -> None:
         """SIGKILL; its socket hangs up a moment later."""

@@ -425,6 +425,22 @@ class TestPressure:
 
         play(scenario)
 
+    def test_a_load_that_is_killed_before_it_has_begun_is_tried_again_too(self, play):
+        async def scenario(game: Play) -> None:
+            asked = asyncio.create_task(game.ask())
+            await asyncio.sleep(0)
+            assert game.scheduler.engine("alpha").state is EngineState.LOADING
+            assert game.loads() == 0
+            game.world.hog_bytes = 14 * GIB
+            game.observe()
+            await game.pass_time(1.0)
+            assert game.scheduler.loaded_count() == 0
+            game.world.hog_bytes = 0
+            await game.pass_time(10.0)
+            await asked
+
+        play(scenario)
+
 
 class TestStop:
     def test_whoever_waits_for_an_unload_gets_an_answer(self, play):
