@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent import core
-from edge_agent.api import convert_client, convert_request, convert_response, validation
+from edge_agent.api import (
+    convert_client,
+    convert_conversation,
+    convert_request,
+    convert_response,
+    validation,
+)
 from edge_agent.api.convert_error import error_of, status_of
 from edge_agent.api.ports import RequestLimits
 from edge_agent.core import HaltScope, Role, RunState, TextPart
@@ -400,7 +406,7 @@ def test_a_result_may_be_as_large_as_the_limit():
 
 def test_what_is_looked_at_one_by_one_is_counted_first():
     part, example = t.Part(text="x"), t.ToolExample(goal="x", arguments_json="{}")
-    most = convert_request.MAX_ITEMS
+    most = convert_conversation.MAX_ITEMS
     full = t.Message(role=t.ROLE_USER, parts=[part] * (most - 1))
     assert len(convert(spec(messages=[full])).messages[0].parts) == most - 1
     full.parts.add(text="one more")
