@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks._sched_world import Outcome, Tally
+from benchmarks._sched_records import Outcome, Tally
 from edge_agent.core import Priority
 
 OURS = "ours"

@@ -41,8 +41,9 @@ from benchmarks._sched_figures import (
 )
 from benchmarks._sched_plot import Panel, draw
 from benchmarks._sched_policies import PEERS, Ours
+from benchmarks._sched_records import Policy, Tally
 from benchmarks._sched_workloads import DAY_S, WORKLOADS, Trace, make_trace
-from benchmarks._sched_world import Policy, Tally, World
+from benchmarks._sched_world import World
 from benchmarks._shared import Target, report
 from edge_agent.core import Priority
 

@@ -5,8 +5,9 @@ import pytest
 from benchmarks._sched_bound import least_load_s
 from benchmarks._sched_devices import ORIN_NANO_8, ORIN_NX_16
 from benchmarks._sched_policies import PEERS, KeepAliveOrder, LeastRecentByCount, Ours, Peer
+from benchmarks._sched_records import Tally
 from benchmarks._sched_workloads import WORKLOADS, Agent, Trace, make_trace
-from benchmarks._sched_world import Tally, World
+from benchmarks._sched_world import World
 from benchmarks.scheduler import bound_of, longest_waits
 from edge_agent.core import Priority
 from edge_agent.scheduling.values import Action
