@@ -15,6 +15,7 @@ from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.manifest import digest
 from edge_agent.errors import FailedPrecondition, NotFound
 from edge_agent.status import WaitReason
+from edge_agent.units import size_text
 from edge_agent.v1 import engine_service_pb2 as engine_pb
 from edge_agent.v1 import run_service_pb2 as run_pb
 from edge_agent.v1 import system_service_pb2 as system_pb
@@ -349,7 +350,9 @@ def test_engines_show_does_without_the_daemon_unless_one_is_named(
     monkeypatch.setenv("EDGE_AGENT_SOCKET", str(tmp_path / "none.sock"))
     words = ["engines", "show", "alpha", "--store", str(store.root)]
     assert main(words) == 0
-    assert "  estimated: 601 MiB loaded, 601 MiB while it loads\n" in capfd.readouterr().out
+    memory = store.get("alpha").memory
+    steady, peak = size_text(memory.steady_bytes), size_text(memory.load_peak_bytes)
+    assert f"  estimated: {steady} loaded, {peak} while it loads\n" in capfd.readouterr().out
     assert main([*words, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["daemon"] is None
     assert main([*words, "--socket", str(tmp_path / "none.sock")]) == 1
