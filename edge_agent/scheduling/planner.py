@@ -102,6 +102,12 @@ class Planner:
         self._room.second_attempts.discard(engine)
         self.state.residents[engine].became_ready(slots, held_bytes, now_s)
 
+    def remeasured(self, engine: str, steady_bytes: int, held_bytes: int) -> None:
+        """What a resident engine takes was seen again: by its largest step, or only just now."""
+        resident = self.state.residents[engine]
+        resident.committed_bytes = max(resident.committed_bytes, steady_bytes)
+        resident.held_bytes = min(held_bytes, resident.committed_bytes)
+
     def load_failed(self, engine: str, error: EdgeAgentError, *, retry: bool) -> list[Refuse]:
         """A load has ended badly and its process is gone.
 

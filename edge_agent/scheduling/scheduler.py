@@ -204,7 +204,8 @@ class Scheduler:
         """
         self._residency.forgive(name)
         self._know(name)
-        now_s = self._now_s()
+        loading, now_s = self._settings.loading, self._now_s()
+        attempt_s = loading.load_timeout_s + loading.unload_timeout_s
         step = QueuedStep(
             id=next(self._ids),
             engine=name,
@@ -212,7 +213,7 @@ class Scheduler:
             priority=Priority.NORMAL,
             asked_s=now_s,
             need_tokens=0,
-            deadline_s=now_s + 2 * self._settings.loading.load_timeout_s,
+            deadline_s=now_s + 2 * attempt_s,
             load_only=True,
         )
         await self._wait_for(PendingStep(step, StepRequest(()), _ignore_text, _ignore_state))
