@@ -7,7 +7,7 @@ so a lower class is overtaken for a bounded amount of service and never starves,
 while a step only waits. Within a flow the earliest deadline goes first.
 """
 
-import heapq
+import bisect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +22,8 @@ OFFSETS_S = {
     Priority.BATCH: 900.0,
 }
 """By how many seconds of service the classes above may overtake: a BATCH step goes before an
-INTERACTIVE one that comes after 780 s of service were given to others."""
+INTERACTIVE one that comes after 780 s of service were given to others. Where n flows wait at once
+each gets its part of the service, so it is n times that."""
 
 _LEAST_COST_S = 0.01
 """So that virtual time always advances."""
@@ -31,25 +32,45 @@ _SWEEP_FLOWS = 256
 Key = tuple[float, int]
 """Virtual time and arrival number: smaller goes first."""
 
+_Head = tuple[Key, QueuedStep]
 _FlowId = tuple[str, Priority]
 _Entry = tuple[float, int, QueuedStep]
+"""Deadline, arrival number (no two are the same), step."""
 
 
 @dataclass(slots=True)
 class _Flow:
-    """One client's steps of one priority: when its next turn is, and what waits, by engine."""
+    """One client's steps of one priority: when its next turn is, and how many of them wait."""
 
     client: str
     priority: Priority
     tag_s: float
     weight: float = 1.0
     waiting: int = 0
-    by_engine: dict[str, list[_Entry]] = field(default_factory=dict)
-    has_turn: set[str] = field(default_factory=set)
 
     @property
     def key_s(self) -> float:
         return self.tag_s + OFFSETS_S[self.priority]
+
+
+@dataclass(slots=True)
+class _Lane:
+    """What waits of one flow for one engine, the earliest deadline first; never empty.
+
+    `order` is the arrival number of the step that opened it: between flows whose turn comes at the
+    same time, whoever has waited for longer goes first.
+    """
+
+    flow: _Flow
+    order: int
+    entries: list[_Entry] = field(default_factory=list)
+
+    @property
+    def key(self) -> Key:
+        return self.flow.key_s, self.order
+
+    def first(self, *, probes: bool) -> QueuedStep | None:
+        return next((step for _, _, step in self.entries if probes or not step.probe), None)
 
 
 class StepQueue:
@@ -61,17 +82,18 @@ class StepQueue:
         self._virtual_s = 0.0
         self._arrivals = 0
         self._flows: dict[_FlowId, _Flow] = {}
-        self._turns: dict[str, list[tuple[float, int, _FlowId]]] = {}
-        self._steps: dict[int, tuple[QueuedStep, int]] = {}
-        self._counts: dict[str, int] = {}
-        self._class_weights = dict.fromkeys(Priority, 0.0)
+        self._lanes: dict[str, dict[_FlowId, _Lane]] = {}
+        self._entries: dict[int, _Entry] = {}
         self._paid: set[int] = set()
+        self._counts: dict[str, int] = {}
+        self._rivals = dict.fromkeys(Priority, 0.0)
+        self._heads: dict[tuple[str, bool], _Head | None] = {}
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return len(self._entries)
 
     def __contains__(self, step_id: int) -> bool:
-        return step_id in self._steps
+        return step_id in self._entries
 
     def count(self, engine: str) -> int:
         """Steps that wait for this engine."""
@@ -79,85 +101,83 @@ class StepQueue:
 
     def engines(self) -> Iterator[str]:
         """Engines that steps wait for."""
-        return iter(self._counts)
+        return iter(self._lanes)
 
     def add(self, step: QueuedStep, *, again: bool = False) -> None:
         """Let a step wait. `again`: it was preempted; its turn has been paid for already."""
         self._arrivals += 1
-        order = self._arrivals
-        self._steps[step.id] = (step, order)
-        self._counts[step.engine] = self._counts.get(step.engine, 0) + 1
+        due_s = math.inf if step.deadline_s is None else step.deadline_s
+        entry = self._entries[step.id] = (due_s, self._arrivals, step)
         if again:
             self._paid.add(step.id)
         flow = self._flow(step.client, step.priority)
         if not flow.waiting:
             flow.tag_s = max(flow.tag_s, self._virtual_s)
             flow.weight = self._weight(flow.client)
-            self._class_weights[flow.priority] += flow.weight
+            self._rivals[flow.priority] += flow.weight
         flow.waiting += 1
-        steps = flow.by_engine.setdefault(step.engine, [])
-        due_s = math.inf if step.deadline_s is None else step.deadline_s
-        heapq.heappush(steps, (due_s, order, step))
-        if step.engine not in flow.has_turn:
-            flow.has_turn.add(step.engine)
-            turn = (flow.key_s, order, (flow.client, flow.priority))
-            heapq.heappush(self._turns.setdefault(step.engine, []), turn)
+        self._counts[step.engine] = self._counts.get(step.engine, 0) + 1
+        self._forget_head(step.engine)
+        lanes = self._lanes.setdefault(step.engine, {})
+        lane = lanes.setdefault((step.client, step.priority), _Lane(flow, self._arrivals))
+        bisect.insort(lane.entries, entry)
 
     def discard(self, step_id: int) -> QueuedStep | None:
         """Take a step out without starting it; None when it does not wait."""
-        found = self._steps.get(step_id)
-        if found is None:
+        if step_id not in self._entries:
             return None
-        step = found[0]
-        self._forget(step)
-        return step
+        return self._remove(step_id)
 
-    def head(self, engine: str) -> tuple[Key, QueuedStep] | None:
-        """Who goes next on this engine, and its key; None when nobody waits for it."""
-        turns = self._turns.get(engine)
-        while turns:
-            key_s, _, flow_id = turns[0]
-            flow = self._flows.get(flow_id)
-            entry = self._first(flow, engine) if flow else None
-            if flow is None or entry is None:
-                heapq.heappop(turns)
-                if flow is not None:
-                    flow.has_turn.discard(engine)
-            elif key_s != flow.key_s:  # its turn has moved back since: keys only grow
-                heapq.heapreplace(turns, (flow.key_s, entry[1], flow_id))
-            else:
-                return (key_s, entry[1]), entry[2]
-        self._turns.pop(engine, None)
-        return None
+    def head(self, engine: str, *, probes: bool = True) -> _Head | None:
+        """Who goes next on this engine, and its key; None when nobody waits for it.
+
+        `probes`: whether those count that never cause a load.
+        """
+        known = (engine, probes)
+        if known not in self._heads:
+            self._heads[known] = self._find_head(engine, probes=probes)
+        return self._heads[known]
+
+    def _find_head(self, engine: str, *, probes: bool) -> _Head | None:
+        heads = (
+            (lane.key, step)
+            for lane in self._lanes.get(engine, {}).values()
+            if (step := lane.first(probes=probes)) is not None
+        )
+        return min(heads, key=lambda head: head[0], default=None)
 
     def take(self, step: QueuedStep, cost_s: float) -> Key:
         """Start a step: its flow's next turn comes `cost_s` of service later. Returns its key."""
-        flow = self._flows[step.client, step.priority]
-        key = (flow.key_s, self._steps[step.id][1])
+        flow_id = step.client, step.priority
+        flow, key = self._flows[flow_id], self._lanes[step.engine][flow_id].key
         if step.id not in self._paid:
             cost_s = max(cost_s, _LEAST_COST_S)
             rivals = sum(
                 weight
-                for priority, weight in self._class_weights.items()
+                for priority, weight in self._rivals.items()
                 if priority.rank <= step.priority.rank
             )
             flow.tag_s += cost_s / flow.weight
             self._virtual_s += cost_s / max(rivals, flow.weight)
-        self._forget(step)
+            for engine, lanes in self._lanes.items():
+                if flow_id in lanes:
+                    self._forget_head(engine)
+        self._remove(step.id)
         return key
 
     def in_order(self) -> list[QueuedStep]:
         """Everybody who waits, roughly as they will go: each flow counts with its next turn."""
-        entries = []
-        for step, order in self._steps.values():
-            flow = self._flows[step.client, step.priority]
-            due_s = math.inf if step.deadline_s is None else step.deadline_s
-            entries.append((flow.key_s, due_s, order, step))
-        return [entry[3] for entry in sorted(entries, key=lambda entry: entry[:3])]
+        entries = [
+            (lane.flow.key_s, entry)
+            for lanes in self._lanes.values()
+            for lane in lanes.values()
+            for entry in lane.entries
+        ]
+        return [entry[2] for _, entry in sorted(entries, key=lambda each: (each[0], each[1][:2]))]
 
     def waiting(self) -> Iterator[QueuedStep]:
         """Everybody who waits, in no order."""
-        return (step for step, _ in self._steps.values())
+        return (step for _, _, step in self._entries.values())
 
     def _flow(self, client: str, priority: Priority) -> _Flow:
         flow = self._flows.get((client, priority))
@@ -177,25 +197,26 @@ class StepQueue:
         for flow_id in idle:
             del self._flows[flow_id]
 
-    def _first(self, flow: _Flow, engine: str) -> _Entry | None:
-        """The flow's first step on an engine; steps that do not wait any more are cleared away."""
-        steps = flow.by_engine.get(engine)
-        while steps:
-            known = self._steps.get(steps[0][2].id)
-            if known is not None and known[1] == steps[0][1]:
-                return steps[0]
-            heapq.heappop(steps)
-        flow.by_engine.pop(engine, None)
-        return None
-
-    def _forget(self, step: QueuedStep) -> None:
-        del self._steps[step.id]
-        self._paid.discard(step.id)
+    def _remove(self, step_id: int) -> QueuedStep:
+        entry = self._entries.pop(step_id)
+        self._paid.discard(step_id)
+        step = entry[2]
+        flow_id = step.client, step.priority
+        lanes = self._lanes[step.engine]
+        lane = lanes[flow_id]
+        del lane.entries[bisect.bisect_left(lane.entries, entry[:2], key=lambda each: each[:2])]
+        lane.flow.waiting -= 1
+        if not lane.flow.waiting:
+            self._rivals[lane.flow.priority] -= lane.flow.weight
+        self._forget_head(step.engine)
         self._counts[step.engine] -= 1
-        if not self._counts[step.engine]:
-            del self._counts[step.engine]
-        flow = self._flows[step.client, step.priority]
-        flow.waiting -= 1
-        if not flow.waiting:
-            self._class_weights[flow.priority] -= flow.weight
-            flow.by_engine.clear()
+        if not lane.entries:
+            del lanes[flow_id]
+        if not lanes:
+            del self._lanes[step.engine], self._counts[step.engine]
+        return step
+
+    def _forget_head(self, engine: str) -> None:
+        """It is found anew when it is asked for."""
+        self._heads.pop((engine, True), None)
+        self._heads.pop((engine, False), None)
