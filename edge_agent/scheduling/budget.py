@@ -6,7 +6,6 @@ held by an engine; the rest of the robot gets its reserve, or what it really use
 whichever is more.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -66,18 +65,29 @@ def choose_victims(
 ) -> tuple[Candidate, ...] | None:
     """The set that frees enough bytes and places at the least cost; None when no set does.
 
-    All subsets are looked at: at most eight engines are resident. Among equals the one with fewer
-    engines, then with fewer bytes, then by name.
+    Branch and bound over all subsets, the cheapest candidates first: at most eight engines are
+    resident. Among equals the one with fewer engines, then with fewer bytes, then by name.
     """
-    best: tuple[tuple[float, int, int, tuple[str, ...]], tuple[Candidate, ...]] | None = None
+    order = sorted(candidates, key=lambda each: (each.cost, each.name))
     least = max(missing_places, 1 if missing_bytes > 0 else 0)
-    for size in range(least, len(candidates) + 1):
-        for chosen in itertools.combinations(candidates, size):
-            freed = sum(each.frees_bytes for each in chosen)
-            if freed < missing_bytes:
-                continue
-            cost = math.fsum(each.cost for each in chosen)
-            rank = (cost, size, freed, tuple(sorted(each.name for each in chosen)))
+    left_bytes = [sum(each.frees_bytes for each in order[at:]) for at in range(len(order) + 1)]
+    best: tuple[tuple[float, int, int, tuple[str, ...]], tuple[Candidate, ...]] | None = None
+
+    def extend(at: int, chosen: tuple[Candidate, ...], cost: float, freed: int) -> None:
+        nonlocal best
+        if best is not None and cost > best[0][0]:
+            return
+        if freed >= missing_bytes and len(chosen) >= least:
+            names = tuple(sorted(each.name for each in chosen))
+            rank = (math.fsum(each.cost for each in chosen), len(chosen), freed, names)
             if best is None or rank < best[0]:
                 best = (rank, chosen)
+            return  # more victims never cost less, and fewer are better
+        if freed + left_bytes[at] < missing_bytes or len(chosen) + len(order) - at < least:
+            return
+        for index in range(at, len(order)):
+            each = order[index]
+            extend(index + 1, (*chosen, each), cost + each.cost, freed + each.frees_bytes)
+
+    extend(0, (), 0.0, 0)
     return best[1] if best else None

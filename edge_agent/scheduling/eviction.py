@@ -4,6 +4,7 @@ Strictly in the order of the queue: an engine that would fit is not loaded past 
 room, or the larger one would wait for ever.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -96,13 +97,16 @@ def plan_load(
     return _plan_victims(scene, LoadPlan(engine, key), step, missing, places, now_s)
 
 
-def still_holds(scene: Scene, plan: LoadPlan) -> bool:
-    """Whether a plan's victims may still be taken: none serves somebody whose turn is sooner."""
+def still_holds(scene: Scene, plan: LoadPlan, key: Key) -> bool:
+    """Whether a plan's victims may still be taken: none serves somebody whose turn is sooner.
+
+    `key` is that of the engine's first step now.
+    """
     for name in plan.victims:
         victim = scene.residents.get(name)
         if victim is None or victim.state is EngineState.STOPPING:
             continue
-        if name in scene.pins or victim.lease is not None or _serves_sooner(scene, name, plan.key):
+        if name in scene.pins or victim.lease is not None or _serves_sooner(scene, name, key):
             return False
     return True
 
@@ -112,8 +116,10 @@ def _never_fits(scene: Scene, facts: EngineFacts) -> TooLarge | None:
     if need > most:
         return TooLarge(facts.name, need, most)
     pinned = [scene.residents[name] for name in sorted(scene.pins & scene.residents.keys())]
-    beside = most - sum(resident.committed_bytes for resident in pinned)
-    if need > beside or len(pinned) >= scene.rules.max_resident_engines:
+    beside = most - sum(each.committed_bytes - each.cache_bytes for each in pinned)
+    if len(pinned) >= scene.rules.max_resident_engines:  # no place is no byte
+        beside = 0
+    if need > beside:
         return TooLarge(facts.name, need, max(0, beside), tuple(each.name for each in pinned))
     return None
 
@@ -160,7 +166,26 @@ def _plan_victims(
     chosen = choose_victims(free, missing, places)
     if chosen is not None:
         return LoadPlan(plan.engine, plan.key, tuple(each.name for each in chosen))
-    return _wait_for(plan.engine, missing, places, free, later, leased, sooner)
+    blocked = _wait_for(plan.engine, missing, places, free, later, leased, sooner)
+    if blocked.reason is not WaitReason.ROOM:
+        return blocked
+    chosen = choose_victims(_unseen(scene, free), missing, places)
+    if chosen is not None:
+        return LoadPlan(plan.engine, plan.key, tuple(each.name for each in chosen))
+    return dataclasses.replace(blocked, until_s=min((each[0] for each in later), default=None))
+
+
+def _unseen(scene: Scene, free: list[Candidate]) -> list[Candidate]:
+    """What idle engines free at most: they may have taken more than is known, as others it seems.
+
+    Tried before somebody waits for ever for what an engine that nobody wants has taken.
+    """
+    residents = [(each, scene.residents[each.name]) for each in free]
+    return [
+        Candidate(each.name, 2 * resident.committed_bytes - resident.held_bytes, each.cost)
+        for each, resident in residents
+        if not resident.running and not scene.queue.count(each.name)
+    ]
 
 
 def _wait_for(

@@ -11,6 +11,7 @@ from edge_agent.core import EngineState
 from edge_agent.scheduling.budget import kept_bytes, room_bytes
 from edge_agent.scheduling.eviction import Blocked, LoadPlan, TooLarge, plan_load
 from edge_agent.scheduling.pressure import Level, slowdown
+from edge_agent.scheduling.queue import Key
 from edge_agent.scheduling.residents import Resident
 from edge_agent.scheduling.state import State
 from edge_agent.scheduling.values import QueuedStep
@@ -132,17 +133,18 @@ def _absent(state: State, engine: str, now_s: float) -> _Cause:
         text = f"memory is below the {state.level.name.lower()} floor ({available} bytes free)"
         return _Cause(WaitReason.PRESSURE, text)
     moving = [each for each in state.residents.values() if each.state in _MOVING]
-    head = state.next_load()
-    if head is None or head[1].engine != engine:
-        first = head[1].engine if head else ""
-        return _Cause(
-            WaitReason.TURN, f"{first} is loaded first, its step's turn is sooner", (first,)
-        )
+    for key, step in state.next_loads():
+        if step.engine != engine and not _waits_for_others(state, key, step, now_s):
+            text = f"{step.engine} is loaded first, its step's turn is sooner"
+            return _Cause(WaitReason.TURN, text, (step.engine,))
+        if step.engine == engine:
+            break
+    else:
+        return _Cause(WaitReason.LOADING, f"nothing that waits makes {engine} load")
     if moving:
         doing = ", ".join(f"{each.name} is {each.state.value.lower()}" for each in moving)
         engines = tuple(each.name for each in moving)
         return _Cause(WaitReason.TRANSITION, f"one engine moves at a time: {doing}", engines)
-    key, step = head
     plan = plan_load(state.scene(), engine, key, step, now_s)
     if isinstance(plan, LoadPlan):
         names = ", ".join(plan.victims)
@@ -152,6 +154,12 @@ def _absent(state: State, engine: str, now_s: float) -> _Cause:
         text = f"needs {plan.needed_bytes} bytes, at most {plan.most_bytes} can be free"
         return _Cause(WaitReason.ROOM, text, plan.pinned, plan.needed_bytes - plan.most_bytes)
     return _blocked(state, plan, now_s)
+
+
+def _waits_for_others(state: State, key: Key, step: QueuedStep, now_s: float) -> bool:
+    """Whether nothing that could go would make room: who waits behind it comes in before it."""
+    plan = plan_load(state.scene(), step.engine, key, step, now_s)
+    return isinstance(plan, Blocked) and plan.reason is WaitReason.ROOM
 
 
 def _blocked(state: State, plan: Blocked, now_s: float) -> _Cause:

@@ -2,18 +2,19 @@
 
 Under pressure engines go; otherwise the first step whose engine is not in memory decides which one
 comes. A plan's victims drain and leave; a plan is given up when somebody whose turn is sooner wants
-one of them.
+one of them, or when nobody needs to go any more.
 """
 
 import math
 from collections.abc import Iterator
 
 from edge_agent.core import EngineState, Priority
+from edge_agent.errors import EdgeAgentError
 from edge_agent.scheduling import refusals
 from edge_agent.scheduling.eviction import Blocked, LoadPlan, TooLarge, plan_load, still_holds
 from edge_agent.scheduling.pressure import Level
 from edge_agent.scheduling.queue import Key
-from edge_agent.scheduling.residents import Resident
+from edge_agent.scheduling.residents import Resident, Running
 from edge_agent.scheduling.state import State
 from edge_agent.scheduling.values import (
     Action,
@@ -24,27 +25,33 @@ from edge_agent.scheduling.values import (
     QueuedStep,
     Unload,
 )
+from edge_agent.status import WaitReason
 
 _MAX_PREEMPTIONS = 3
 """After so many a step is not preempted again: it has been delayed enough."""
 
 
 class RoomMaker:
-    """Decides loads, unloads and kills over the shared state."""
+    """Decides loads, unloads and kills over the shared state.
+
+    `wake_s` is when time alone may bring a load. `resumed`: an engine that drained takes steps
+    again. `second_attempts` are engines whose load has failed once for want of memory.
+    """
 
     def __init__(self, state: State) -> None:
         """No plan yet."""
         self._state = state
         self._plan: LoadPlan | None = None
         self.wake_s = math.inf
+        self.resumed = False
         self.second_attempts: set[str] = set()
 
     def relieve(self) -> Iterator[Action]:
         """Below a floor: idle engines go one by one, and below the hard one workers are killed."""
         state = self._state
         stopping = [each for each in state.residents.values() if each.state is EngineState.STOPPING]
-        if state.level is Level.NORMAL or stopping:
-            return
+        if state.level is Level.NORMAL or stopping or state.reading_is_old:
+            return  # what goes or has gone may be enough
         self._abandon_plan()
         if state.level is Level.HARD:
             least = min(state.residents.values(), key=self._importance, default=None)
@@ -53,64 +60,96 @@ class RoomMaker:
                 yield Kill(least.name)
             return
         idle = min(state.idle(), key=lambda each: (each.last_used_s, each.name), default=None)
-        if idle is not None:
+        if idle is not None and not state.in_transition():
             yield self._unload(idle, "SOFT_FLOOR")
 
     def make_way(self, now_s: float) -> Iterator[Action]:
         """Bring in the engine whose step is next; make room first where it must be made."""
         state = self._state
         self.wake_s = math.inf
-        while state.level is Level.NORMAL and not state.in_transition():
-            head = state.next_load()
-            self._review_plan(head)
-            if head is None:
-                return
-            key, step = head
-            plan = self._plan or self._choose(key, step, now_s)
-            if isinstance(plan, TooLarge):
-                yield from state.refuse_all(step.engine, refusals.too_large(plan))
-                continue
-            if isinstance(plan, Blocked):
-                self.wake_s = math.inf if plan.until_s is None else plan.until_s
-                return
-            yield from self._carry_out(plan, step, now_s)
+        self.second_attempts.intersection_update(state.queue.engines())
+        self._review_plan()
+        if state.level is not Level.NORMAL or state.in_transition():
             return
+        for key, step in state.next_loads():
+            plan = self._choose(key, step, now_s)
+            if isinstance(plan, EdgeAgentError):
+                yield from state.refuse_all(step.engine, plan)
+                continue
+            if isinstance(plan, Blocked) and plan.until_s is not None:
+                self.wake_s = min(self.wake_s, plan.until_s)
+            if isinstance(plan, Blocked) and plan.reason is WaitReason.ROOM:
+                continue  # nothing that could go would do: who comes in now is not in its way
+            if plan is not self._plan:
+                self._abandon_plan()
+            if isinstance(plan, Blocked):
+                return
+            yield from self._carry_out(plan, key, step, now_s)
+            return
+        self._abandon_plan()
 
     def preempt_for(self, resident: Resident, key: Key, step: QueuedStep) -> Iterator[Preempt]:
-        """One at a time: the running BATCH step whose turn would have come last."""
-        runs = resident.running.values()
-        if step.priority is Priority.BATCH or any(run.preempting for run in runs):
-            return
-        victims = [
+        """Make a place for a waiting step, unless it would not get one even so."""
+        victims = self._preemptible(resident, key, step)
+        without = {run.step.id for run in victims}
+        if resident.has_place(step, self._state.parallel(resident), without):
+            yield from self._preempt(resident, victims, step)
+
+    def _preemptible(self, resident: Resident, key: Key, step: QueuedStep) -> list[Running]:
+        """Running BATCH steps whose turn is later."""
+        if step.priority is Priority.BATCH:
+            return []
+        return [
             run
-            for run in runs
+            for run in resident.running.values()
             if run.step.preemptible
             and run.key > key
             and self._state.preemptions.get(run.step.id, 0) < _MAX_PREEMPTIONS
         ]
-        if victims:
+
+    def _preempt(
+        self, resident: Resident, victims: list[Running], step: QueuedStep
+    ) -> Iterator[Preempt]:
+        """One at a time: whose turn would have come last."""
+        if victims and not any(run.preempting for run in resident.running.values()):
             victim = max(victims, key=lambda run: run.key)
             victim.preempting = True
             yield Preempt(victim.step, step)
 
-    def _choose(self, key: Key, step: QueuedStep, now_s: float) -> LoadPlan | Blocked | TooLarge:
-        if step.engine in self.second_attempts:  # everything idle goes, whatever the ledger says
-            victims = sorted(resident.name for resident in self._state.idle())
-            if victims:
-                return LoadPlan(step.engine, key, tuple(victims))
-        return plan_load(self._state.scene(), step.engine, key, step, now_s)
+    def _choose(
+        self, key: Key, step: QueuedStep, now_s: float
+    ) -> LoadPlan | Blocked | EdgeAgentError:
+        """The plan that is under way, unless it is not needed or not enough; else a new one."""
+        state, engine = self._state, step.engine
+        if (refusal := state.facts[engine].refusal) is not None:
+            return refusal
+        under_way = self._plan if self._plan and self._plan.engine == engine else None
+        if engine in self.second_attempts:  # everything idle goes, whatever the ledger says
+            idle = tuple(sorted(resident.name for resident in state.idle()))
+            if under_way or idle:
+                return under_way or LoadPlan(engine, key, idle)
+        found = plan_load(state.scene(), engine, key, step, now_s)
+        if isinstance(found, TooLarge):
+            return refusals.too_large(found)
+        if isinstance(found, Blocked):
+            makes_room = found.reason is not WaitReason.ROOM
+        else:
+            makes_room = bool(found.victims)
+        return under_way if under_way and makes_room else found
 
-    def _review_plan(self, head: tuple[Key, QueuedStep] | None) -> None:
-        """Keep the plan while it is for whoever is next, its victims may go, and some are left."""
+    def _review_plan(self) -> None:
+        """Keep the plan while somebody waits for its engine, its victims may go, some are left."""
         plan = self._plan
         if plan is None:
             return
-        left = [name for name in plan.victims if name in self._state.residents]
-        for_next = head is not None and head[1].engine == plan.engine
-        if not left or not for_next or not still_holds(self._state.scene(), plan):
+        head = self._state.queue.head(plan.engine, probes=False)
+        left = any(name in self._state.residents for name in plan.victims)
+        if head is None or not left or not still_holds(self._state.scene(), plan, head[0]):
             self._abandon_plan()
 
-    def _carry_out(self, plan: LoadPlan, step: QueuedStep, now_s: float) -> Iterator[Action]:
+    def _carry_out(
+        self, plan: LoadPlan, key: Key, step: QueuedStep, now_s: float
+    ) -> Iterator[Action]:
         for name in plan.drop_caches:
             resident = self._state.residents[name]
             resident.committed_bytes -= resident.cache_bytes
@@ -119,7 +158,7 @@ class RoomMaker:
             yield DropCache(name)
         if plan.victims:
             self._plan = plan
-            yield from self._drain(plan)
+            yield from self._drain(plan, key, step)
         else:
             yield self._begin_load(plan.engine, step, now_s)
 
@@ -135,18 +174,17 @@ class RoomMaker:
         )
         return Load(engine, attempt)
 
-    def _drain(self, plan: LoadPlan) -> Iterator[Action]:
-        """The victims take no more steps; whoever is empty goes."""
-        head = self._state.queue.head(plan.engine)
-        for name in plan.victims:
-            victim = self._state.residents.get(name)
-            if victim is None or victim.state is EngineState.STOPPING:
-                continue
+    def _drain(self, plan: LoadPlan, key: Key, step: QueuedStep) -> Iterator[Action]:
+        """The victims take no more steps; those that are empty go one by one."""
+        victims = [
+            self._state.residents[name] for name in plan.victims if name in self._state.residents
+        ]
+        for victim in victims:
             victim.state, victim.why = EngineState.DRAINING, plan.engine
-            if not victim.running:
-                yield self._unload(victim, "ROOM")
-            elif head is not None:
-                yield from self.preempt_for(victim, *head)
+            yield from self._preempt(victim, self._preemptible(victim, key, step), step)
+        empty = next((victim for victim in victims if not victim.running), None)
+        if empty is not None:
+            yield self._unload(empty, "ROOM")
 
     def _unload(self, resident: Resident, why: str) -> Unload:
         resident.state, resident.why = EngineState.STOPPING, why
@@ -159,6 +197,7 @@ class RoomMaker:
             victim = self._state.residents.get(name)
             if victim is not None and victim.state is EngineState.DRAINING:
                 victim.state, victim.why = EngineState.READY, ""
+                self.resumed = True
 
     def _importance(self, resident: Resident) -> tuple[bool, bool, int, int, str]:
         """Smallest goes first: not pinned, still loading, least urgent work, most memory."""

@@ -27,6 +27,8 @@ from edge_agent.scheduling.values import (
     Start,
 )
 
+LOST = "LOST"
+"""Why an engine goes whose process has ended by itself."""
 _URGENT_SHARE = 0.1
 """URGENT steps may wait beyond the limit by this share, so that others can't shut them out."""
 _DEFAULT_COST_S = 1.0
@@ -50,7 +52,7 @@ class Planner:
     def observe(self, machine: MachineView) -> None:
         """What telemetry says now."""
         state = self.state
-        state.machine = machine
+        state.machine, state.reading_is_old = machine, False
         state.level = next_level(state.level, machine, state.rules)
         if state.leaks and (unclaimed := state.unclaimed_bytes()) is not None:
             for name in [name for name, leak in state.leaks.items() if leak.returned(unclaimed)]:
@@ -87,15 +89,16 @@ class Planner:
 
     def ended(self, step: QueuedStep, now_s: float, served: Served | None) -> None:
         """A running step's place is free again; `served` None: it says nothing about the pace."""
-        self.state.give_place(step, now_s)
+        if not self.state.give_place(step, now_s):
+            self.state.drop(step.id)  # its engine has gone meanwhile, so it waits again
         self.state.preemptions.pop(step.id, None)
         if served is not None:
             self.state.pace(step.engine).observe(served)
 
     def preempted(self, step: QueuedStep, now_s: float) -> None:
         """A running step was stopped for another: it waits again, its turn paid for."""
-        self.state.give_place(step, now_s)
-        self.state.wait(step, again=True)
+        if self.state.give_place(step, now_s):  # else it waits already: its engine has gone
+            self.state.wait(step, again=True)
 
     def loaded(self, engine: str, slots: int, held_bytes: int, now_s: float) -> None:
         """The load has ended well; `held_bytes` is what it was seen to take."""
@@ -114,7 +117,7 @@ class Planner:
         `retry`: it lacked memory, so everything idle goes and it is tried once more. Else, and the
         second time, everybody who waits for it gets the error.
         """
-        attempt = self.state.residents.pop(engine).attempt
+        attempt = self.state.leave(engine).attempt
         if retry and attempt == 1:
             self._room.second_attempts.add(engine)
             return []
@@ -124,12 +127,11 @@ class Planner:
     def lost(self, engine: str) -> None:
         """The engine's process has ended by itself; it takes no more steps."""
         resident = self.state.residents[engine]
-        resident.state, resident.why = EngineState.STOPPING, "LOST"
+        resident.state, resident.why = EngineState.STOPPING, LOST
 
     def gone(self, engine: str) -> None:
         """The engine's process has ended; steps that it had not finished wait again."""
-        resident = self.state.residents.pop(engine)
-        for run in resident.running.values():
+        for run in self.state.leave(engine).running.values():
             self.state.wait(run.step, again=True)
 
     def leaked(self, engine: str, missing_bytes: int) -> None:
@@ -168,16 +170,19 @@ class Planner:
 
     def decide(self, now_s: float) -> list[Action]:
         """What happens now. The record has changed accordingly."""
-        state = self.state
         actions: list[Action] = [
-            Refuse(step, _too_late(step, now_s)) for step in state.expired(now_s)
+            Refuse(step, _too_late(step, now_s)) for step in self.state.expired(now_s)
         ]
-        actions += self._room.relieve()
-        for name in list(state.queue.engines()):
-            resident = state.residents.get(name)
-            if resident is not None and resident.state is EngineState.READY:
-                actions += self._serve(resident, now_s)
-        actions += self._room.make_way(now_s)
+        changed = True
+        while changed:  # a start moves its client's turn in all engines
+            found = [
+                *self._room.relieve(),
+                *self._serve_all(now_s),
+                *self._room.make_way(now_s),
+            ]
+            actions += found
+            changed = bool(found) or self._room.resumed
+            self._room.resumed = False
         return actions
 
     def wake_s(self) -> float | None:
@@ -185,17 +190,22 @@ class Planner:
         due_s = min(self._room.wake_s, self.state.next_deadline_s())
         return None if due_s == math.inf else due_s
 
+    def _serve_all(self, now_s: float) -> Iterator[Action]:
+        state = self.state
+        for step in state.wanted_in_memory():
+            state.drop(step.id)
+            yield Ready(step)
+        for name in list(state.queue.engines()):
+            resident = state.residents.get(name)
+            if resident is not None and resident.state is EngineState.READY:
+                yield from self._serve(resident, now_s)
+
     def _serve(self, resident: Resident, now_s: float) -> Iterator[Action]:
         """Give out free places in turn; a BATCH step may have to leave one."""
         state = self.state
-        parallel = state.parallel(resident)
         while (head := state.queue.head(resident.name)) is not None:
             key, step = head
-            if step.load_only:
-                state.drop(step.id)
-                yield Ready(step)
-                continue
-            if not resident.has_place(step, parallel):
+            if not resident.has_place(step, state.parallel(resident)):
                 yield from self._room.preempt_for(resident, key, step)
                 return
             state.queue.take(step, self._cost_s(step))

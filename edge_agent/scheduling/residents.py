@@ -5,6 +5,7 @@ What a process leaves behind is a `Leak`.
 Changed by the planner only; reads no clock.
 """
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from edge_agent.core import EngineState
@@ -63,11 +64,15 @@ class Resident:
         """What running steps may fill of the KV cache."""
         return sum(run.step.need_tokens for run in self.running.values())
 
-    def has_place(self, step: QueuedStep, parallel: int) -> bool:
-        """Whether this step's whole need is free now."""
-        if len(self.running) >= parallel:
+    def has_place(
+        self, step: QueuedStep, parallel: int, without: AbstractSet[int] = frozenset()
+    ) -> bool:
+        """Whether this step's whole need is free, now or `without` these running steps."""
+        left = [run.step for run in self.running.values() if run.step.id not in without]
+        if len(left) >= parallel:
             return False
-        return not self.running or self.used_tokens + step.need_tokens <= self.facts.kv_tokens
+        used_tokens = sum(each.need_tokens for each in left)
+        return not left or used_tokens + step.need_tokens <= self.facts.kv_tokens
 
     def became_ready(self, slots: int, held_bytes: int, now_s: float) -> None:
         """Its load has ended well."""

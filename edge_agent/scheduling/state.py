@@ -17,14 +17,21 @@ from edge_agent.scheduling.queue import Key, StepQueue
 from edge_agent.scheduling.residents import Leak, Resident
 from edge_agent.scheduling.values import EngineFacts, MachineView, QueuedStep, Refuse, Rules
 
+_SPARE_DEADLINES = 64
+"""So many entries of steps that don't wait any more are kept before they are cleared away."""
+
 
 class State:
-    """The records, and the changes that keep them whole."""
+    """The records, and the changes that keep them whole.
+
+    `reading_is_old`: a process has ended since memory was read.
+    """
 
     def __init__(self, rules: Rules, machine: MachineView) -> None:
         """Nothing is installed, resident or waiting."""
         self.rules = rules
         self.machine = machine
+        self.reading_is_old = False
         self.level = Level.NORMAL
         self.facts: dict[str, EngineFacts] = {}
         self.residents: dict[str, Resident] = {}
@@ -35,6 +42,7 @@ class State:
         self.preemptions: dict[int, int] = {}
         self.queue = StepQueue(lambda client: self.rules.client_weights.get(client, 1.0))
         self._deadlines: list[tuple[float, int]] = []
+        self._load_only: dict[int, QueuedStep] = {}
 
     # --- what is known ---
 
@@ -55,15 +63,23 @@ class State:
         """How many steps the engine may decide at once."""
         return parallel_steps(resident.slots, self.machine.heat)
 
-    def next_load(self) -> tuple[Key, QueuedStep] | None:
-        """The first waiting step whose engine is not in memory, and its key."""
-        best = None
-        for name in list(self.queue.engines()):
-            if name not in self.residents:
-                head = self.queue.head(name)
-                if head is not None and (best is None or head[0] < best[0]):
-                    best = head
-        return best
+    def next_loads(self) -> list[tuple[Key, QueuedStep]]:
+        """The first step of each engine that is waited for and not in memory, in turn."""
+        heads = [
+            self.queue.head(name, probes=False)
+            for name in self.queue.engines()
+            if name not in self.residents
+        ]
+        return sorted((head for head in heads if head is not None), key=lambda head: head[0])
+
+    def wanted_in_memory(self) -> list[QueuedStep]:
+        """Steps that ask for no more than that their engine takes steps, which it does."""
+        return [
+            step
+            for step in self._load_only.values()
+            if (resident := self.residents.get(step.engine)) is not None
+            and resident.state is EngineState.READY
+        ]
 
     def in_transition(self) -> bool:
         """Whether an engine is on its way in or out: they move one at a time."""
@@ -108,14 +124,24 @@ class State:
         self.queue.add(step, again=again)
         if again:
             self.preemptions[step.id] = self.preemptions.get(step.id, 0) + 1
+        if step.load_only:
+            self._load_only[step.id] = step
         if step.deadline_s is not None:
             heapq.heappush(self._deadlines, (step.deadline_s, step.id))
+            if len(self._deadlines) > 2 * len(self.queue) + _SPARE_DEADLINES:
+                self._deadlines = [
+                    (each.deadline_s, each.id)
+                    for each in self.queue.waiting()
+                    if each.deadline_s is not None
+                ]
+                heapq.heapify(self._deadlines)
 
     def drop(self, step_id: int) -> QueuedStep | None:
         """A waiting step leaves without having run; None when it does not wait."""
         step = self.queue.discard(step_id)
         if step is not None:
             self.preemptions.pop(step_id, None)
+            self._load_only.pop(step_id, None)
             self.end_lease(step)
         return step
 
@@ -134,12 +160,19 @@ class State:
             self.drop(step.id)
         return [Refuse(step, error) for step in waiting]
 
-    def give_place(self, step: QueuedStep, now_s: float) -> None:
-        """A running step's place is free again."""
+    def give_place(self, step: QueuedStep, now_s: float) -> bool:
+        """A running step's place is free again; False: it had none."""
         self.end_lease(step)
         resident = self.residents.get(step.engine)
-        if resident is not None and resident.running.pop(step.id, None) is not None:
-            resident.last_used_s = now_s
+        if resident is None or resident.running.pop(step.id, None) is None:
+            return False
+        resident.last_used_s = now_s
+        return True
+
+    def leave(self, engine: str) -> Resident:
+        """An engine's process has ended."""
+        self.reading_is_old = True
+        return self.residents.pop(engine)
 
     def end_lease(self, step: QueuedStep) -> None:
         """The load that was made for this step has served it, or is not needed for it any more."""
