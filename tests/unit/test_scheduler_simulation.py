@@ -480,7 +480,20 @@ def leave_the_caller_waiting(patch: pytest.MonkeyPatch) -> None:
 
 
 def move_two_at_once(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(State, "in_transition", lambda _self: False)
+    def begin(self: Residency, name: str, attempt: int) -> None:
+        """Another load begins that nobody has decided."""
+        real(self, name, attempt)
+        for other in SIZES:
+            if (
+                other not in self._planner.state.residents
+                and self._catalogue.root.joinpath(other).exists()
+            ):
+                host = self._loader.new_host(self._catalogue.get(other), self._settings())
+                self._spawn(self._loader._start(host, OPTIONS, self._settings(), lambda _f: None))
+                return
+
+    real = Residency.begin_load
+    patch.setattr(Residency, "begin_load", begin)
 
 
 def lose_an_engine_in_its_load(patch: pytest.MonkeyPatch) -> None:
