@@ -24,6 +24,7 @@ from edge_agent.backends.base import Cancelled, Completion, LoadOptions, NextTok
 from edge_agent.core import RunError, Sampling
 from edge_agent.engines.manifest import Manifest
 from edge_agent.errors import LoadFailed, StepFailed
+from edge_agent.units import MIB
 
 _CONNECT_TIMEOUT_S = 5.0
 _CERTAIN = 1000.0
@@ -185,7 +186,7 @@ class LlamaCpp:
         return NextToken(found, cached_tokens)
 
     def drop_cache(self) -> None:
-        """There is none: prefixes live in the slots' own KV caches, which stay as large."""
+        """The library can't: what the slots and the prefix cache hold stays until the end."""
 
     def close(self) -> None:
         """Join the native loop. What it leaks goes with the process."""
@@ -234,7 +235,8 @@ def server_parameters(manifest: Manifest, directory: Path, options: LoadOptions)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     # A prefill can be cancelled between batches only.
     params.n_batch = params.n_ubatch = options.prefill_batch_tokens
-    params.cache_ram_mib = 0  # defaults to 8 GiB of host memory that nobody counts
+    # Of sequences that had to leave their slot. The default is 8 GiB that nobody counts.
+    params.cache_ram_mib = manifest.memory.prefix_cache_bytes // MIB
     # Without mmap the weights count as used memory, and unloading visibly gives them back.
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
     params.verbosity = 1  # errors: they tell why a load failed

@@ -70,11 +70,14 @@ class MemorySpec(Strict, frozen=True, kw_only=True):
     """Estimates with the manifest's slots and context, in bytes, before anything was measured.
 
     `cache_bytes` of the steady ones are prefix caches that can be given back while it is loaded.
+    `prefix_cache_bytes` of them, at most, hold the prefixes of sequences that had to leave their
+    slot, so that they need not be read again when they come back.
     """
 
     load_peak_bytes: PositiveInt
     steady_bytes: PositiveInt
     cache_bytes: NonNegativeInt = 0
+    prefix_cache_bytes: NonNegativeInt = 0
 
 
 class Turn(Strict, frozen=True, kw_only=True):
@@ -161,6 +164,8 @@ class Manifest(Strict, frozen=True, kw_only=True):
             raise ManifestError("memory.load_peak_bytes: must be at least steady_bytes")
         if self.memory.cache_bytes >= self.memory.steady_bytes:
             raise ManifestError("memory.cache_bytes: must be below steady_bytes")
+        if self.memory.prefix_cache_bytes >= self.memory.steady_bytes:
+            raise ManifestError("memory.prefix_cache_bytes: must be below steady_bytes")
         if self.tools.strategy == "ranked" and not self.tools.neutral_goals:
             raise ManifestError("tools.neutral_goals: the ranked strategy needs at least one")
 

@@ -39,9 +39,13 @@ def estimate(manifest: Manifest, slots: int, context_tokens: int) -> Footprint:
 
 
 def floor_bytes(manifest: Manifest, slots: int, context_tokens: int) -> int:
-    """Weights, KV caches and state: less than this is a mistake of measuring."""
+    """Weights, KV caches and state: less than this is a mistake of measuring.
+
+    The prefix cache too: it fills only after the load.
+    """
     weights = sum(spec.size_bytes for spec in manifest.files)
-    return weights + kv_bytes(manifest, slots, context_tokens)
+    caches = kv_bytes(manifest, slots, context_tokens) + manifest.memory.prefix_cache_bytes
+    return weights + caches
 
 
 def correct(estimated: Footprint, least_bytes: int, history: Sequence[MeasuredLoad]) -> Footprint:

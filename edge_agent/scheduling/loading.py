@@ -35,6 +35,7 @@ _RECENT_S = 2.0
 """A process that has ended by itself may have given its memory back for so long unnoticed."""
 _PROOF_SHARE = 0.5
 """Memory counts as back when this share of it is: others take some meanwhile."""
+_READING_S = 1.0
 _PROOF_LEAST_BYTES = 64 << 20
 """Less than this can't be told from what others do."""
 
@@ -178,6 +179,8 @@ class Loader:
 
         All of `held_bytes` when the process itself can't be ended.
         """
+        if held_bytes >= _PROOF_LEAST_BYTES:
+            await self._fresh_reading()
         before = self._machine.view().memory.available_bytes
         if before is not None and host.lost.done():  # its memory may have come back by now
             before = min([before, *(available for _, available in self._seen)])
@@ -194,6 +197,13 @@ class Loader:
         if before is None or held_bytes < _PROOF_LEAST_BYTES:
             return 0
         return await self._missing(before, held_bytes, settings.memory_back_s)
+
+    async def _fresh_reading(self) -> None:
+        """Wait for a reading of memory that began after now: what was just loaded is in it."""
+        with self._machine.watch_closely(), contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_READING_S):
+                for _ in range(2):  # the first may have begun before
+                    await self._observed.next()
 
     def _drop_page_cache(self, manifest: Manifest) -> None:
         """Let the kernel forget the engine's files: they may keep large blocks apart. Blocks."""

@@ -92,7 +92,7 @@ class RoomMaker:
         """Make a place for a waiting step, unless it would not get one even so."""
         victims = self._preemptible(resident, key, step)
         without = {run.step.id for run in victims}
-        if resident.has_place(step, self._state.parallel(resident), without):
+        if resident.has_place(step, self._state.parallel(resident, step), without):
             yield from self._preempt(resident, victims, step)
 
     def _preemptible(self, resident: Resident, key: Key, step: QueuedStep) -> list[Running]:

@@ -33,17 +33,21 @@ class Pace:
     output_tokens: float | None = None
     step_s: float | None = None
 
-    def observe(self, served: Served) -> None:
-        """Take one finished step into the averages; what it did not do says nothing."""
+    def observe(self, served: Served, slowdown: float = 1.0) -> None:
+        """Take one finished step into the averages; what it did not do says nothing.
+
+        `slowdown` is by how much the machine was taken to be slower than it is when cool: what is
+        kept is what the step would have taken then.
+        """
         if served.computed_tokens > 0 and served.prefill_s > 0:
-            rate = served.computed_tokens / served.prefill_s
+            rate = served.computed_tokens / served.prefill_s * slowdown
             self.prefill_tokens_per_s = _mean(self.prefill_tokens_per_s, rate)
         if served.output_tokens > 0 and served.decode_s > 0:
-            rate = served.output_tokens / served.decode_s
+            rate = served.output_tokens / served.decode_s * slowdown
             self.decode_tokens_per_s = _mean(self.decode_tokens_per_s, rate)
         self.computed_tokens = _mean(self.computed_tokens, served.computed_tokens)
         self.output_tokens = _mean(self.output_tokens, served.output_tokens)
-        self.step_s = _mean(self.step_s, served.prefill_s + served.decode_s)
+        self.step_s = _mean(self.step_s, (served.prefill_s + served.decode_s) / slowdown)
 
     def prefill_s(self, prompt_tokens: int) -> float | None:
         """How long reading a prompt takes: at most what is usually not cached of one."""

@@ -13,7 +13,7 @@ from edge_agent.errors import DeadlineExceeded, EdgeAgentError, FailedPreconditi
 from edge_agent.scheduling import refusals
 from edge_agent.scheduling.making_room import RoomMaker
 from edge_agent.scheduling.pace import Served
-from edge_agent.scheduling.pressure import next_level
+from edge_agent.scheduling.pressure import next_level, slowdown
 from edge_agent.scheduling.residents import Leak, Resident, Running
 from edge_agent.scheduling.state import State
 from edge_agent.scheduling.values import (
@@ -93,7 +93,7 @@ class Planner:
             self.state.drop(step.id)  # its engine has gone meanwhile, so it waits again
         self.state.preemptions.pop(step.id, None)
         if served is not None:
-            self.state.pace(step.engine).observe(served)
+            self.state.pace(step.engine).observe(served, slowdown(self.state.machine.heat))
 
     def preempted(self, step: QueuedStep, now_s: float) -> None:
         """A running step was stopped for another: it waits again, its turn paid for."""
@@ -205,7 +205,7 @@ class Planner:
         state = self.state
         while (head := state.queue.head(resident.name)) is not None:
             key, step = head
-            if not resident.has_place(step, state.parallel(resident)):
+            if not resident.has_place(step, state.parallel(resident, step)):
                 yield from self._room.preempt_for(resident, key, step)
                 return
             state.queue.take(step, self._cost_s(step))
@@ -220,7 +220,7 @@ class Planner:
     def _steps_per_s(self) -> float | None:
         """What all resident engines together get done, as measured; None: nothing was."""
         rates = [
-            self.state.parallel(resident) / pace.step_s
+            self.state.parallel(resident) / (pace.step_s * slowdown(self.state.machine.heat))
             for resident in self.state.residents.values()
             if (pace := self.state.pace(resident.name)).step_s
         ]

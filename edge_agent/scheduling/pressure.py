@@ -5,6 +5,7 @@ A level is left only well above the floor where it was entered, so that it does 
 """
 
 import enum
+import math
 
 from edge_agent.scheduling.values import Heat, MachineView, Rules
 
@@ -39,12 +40,9 @@ def next_level(before: Level, machine: MachineView, rules: Rules) -> Level:
 
 
 def parallel_steps(slots: int, heat: Heat) -> int:
-    """How many steps an engine with so many slots may decide at once."""
-    if heat is Heat.THROTTLED:
-        return 1
-    if heat is Heat.NOMINAL:
-        return slots
-    return max(1, slots // 2)
+    """How many steps an engine with so many slots may decide at once, URGENT ones apart."""
+    share = {Heat.NOMINAL: 1.0, Heat.UNKNOWN: 0.75, Heat.WARM: 0.75, Heat.THROTTLED: 0.5}[heat]
+    return max(1, math.ceil(slots * share))
 
 
 def slowdown(heat: Heat) -> float:

@@ -265,10 +265,10 @@ class Residency:
     def _loaded(self, name: str, hosted: _Hosted, footfall: Footfall) -> None:
         host, held_bytes, history = hosted.host, footfall.held_bytes, self._histories[name]
         hosted.ready, hosted.progress, hosted.footfall = True, None, footfall
-        history.load_s = host.load_s
         history.backoff.forgive()
         now_s = asyncio.get_running_loop().time()
         self._planner.loaded(name, host.slots, held_bytes, now_s)
+        history.load_s = self._planner.state.residents[name].facts.load_s
         host.lost.add_done_callback(lambda lost: self._lost(name, hosted, lost.result()))
         log.info(
             "engine_loaded",

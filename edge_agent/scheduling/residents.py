@@ -5,6 +5,7 @@ What a process leaves behind is a `Leak`.
 Changed by the planner only; reads no clock.
 """
 
+import dataclasses
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -77,6 +78,7 @@ class Resident:
     def became_ready(self, slots: int, held_bytes: int, now_s: float) -> None:
         """Its load has ended well."""
         self.state = EngineState.READY
+        self.facts = dataclasses.replace(self.facts, load_s=now_s - self.asked_s)
         self.slots = slots
         self.ready_s = self.last_used_s = now_s
         self.committed_bytes = self.facts.footprint.steady_bytes

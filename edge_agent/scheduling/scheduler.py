@@ -61,8 +61,9 @@ from edge_agent.scheduling.values import (
 from edge_agent.status import MemoryStatus, StepWait
 from edge_agent.wakeup import Wakeup
 
-_DEFAULT_LOAD_S = 5.0
-"""Of an engine that was never loaded here."""
+_START_S, _READ_BYTES_PER_S = 0.5, 500e6
+"""Of an engine that was never loaded here: its process starts, and its files are read and copied.
+Assumed; the first load is measured."""
 DAEMON = "edge-agent"
 """The client of what the daemon itself wants."""
 
@@ -562,7 +563,7 @@ class Scheduler:
                 footprint=self._footprints.of(manifest, options.slots, options.context_tokens),
                 slots=options.slots,
                 kv_tokens=options.slots * options.context_tokens,
-                load_s=_DEFAULT_LOAD_S if load_s is None else load_s,
+                load_s=_expected_load_s(manifest) if load_s is None else load_s,
                 cache_bytes=manifest.memory.cache_bytes,
                 refusal=self._quarantine.refusal(manifest)
                 or self._residency.refusal(manifest, self._now_s()),
@@ -577,6 +578,11 @@ class Scheduler:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _expected_load_s(manifest: Manifest) -> float:
+    """How long a first load may take."""
+    return _START_S + sum(spec.size_bytes for spec in manifest.files) / _READ_BYTES_PER_S
 
 
 def _was_stopped(error: BaseException) -> bool:

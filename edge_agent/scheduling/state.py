@@ -7,7 +7,7 @@ import heapq
 import math
 from collections.abc import Iterator
 
-from edge_agent.core import EngineState
+from edge_agent.core import EngineState, Priority
 from edge_agent.errors import EdgeAgentError
 from edge_agent.scheduling.budget import others_bytes
 from edge_agent.scheduling.eviction import Scene
@@ -59,8 +59,10 @@ class State:
             self.queue,
         )
 
-    def parallel(self, resident: Resident) -> int:
-        """How many steps the engine may decide at once."""
+    def parallel(self, resident: Resident, step: QueuedStep | None = None) -> int:
+        """How many steps the engine may decide at once; for an URGENT one heat does not count."""
+        if step is not None and step.priority is Priority.URGENT:
+            return resident.slots
         return parallel_steps(resident.slots, self.machine.heat)
 
     def next_loads(self) -> list[tuple[Key, QueuedStep]]:
