@@ -113,8 +113,8 @@ class StepQueue:
         flow = self._flow(step.client, step.priority)
         if not flow.waiting:
             flow.tag_s = max(flow.tag_s, self._virtual_s)
-            flow.weight = self._weight(flow.client)
-            self._rivals[flow.priority] += flow.weight
+            flow.weight = 0.0
+            self._weigh(flow)
         flow.waiting += 1
         self._counts[step.engine] = self._counts.get(step.engine, 0) + 1
         self._forget_head(step.engine)
@@ -152,6 +152,7 @@ class StepQueue:
         flow, key = self._flows[flow_id], self._lanes[step.engine][flow_id].key
         if step.id not in self._paid:
             cost_s = max(cost_s, _LEAST_COST_S)
+            self._weigh(flow)  # who always waits would never hear of a reload
             rivals = sum(
                 weight
                 for priority, weight in self._rivals.items()
@@ -186,6 +187,12 @@ class StepQueue:
                 self._sweep()
             flow = self._flows[client, priority] = _Flow(client, priority, self._virtual_s)
         return flow
+
+    def _weigh(self, flow: _Flow) -> None:
+        """Take over the weight that a waiting flow's client has now."""
+        weight = self._weight(flow.client)
+        self._rivals[flow.priority] += weight - flow.weight
+        flow.weight = weight
 
     def _sweep(self) -> None:
         """Forget flows whose history makes no difference any more."""

@@ -68,7 +68,8 @@ def test_the_victims_are_the_cheapest_of_all_sets_that_are_enough(candidates, mi
     if not subsets:
         assert found is None
         return
-    assert found in subsets
+    assert found is not None
+    assert {each.name for each in found} in [{each.name for each in chosen} for chosen in subsets]
 
     def rank(chosen):
         cost = sum(each.cost for each in chosen)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.core import Priority
-from edge_agent.scheduling.queue import OFFSETS_S, StepQueue
+from edge_agent.scheduling.queue import OFFSETS_S, Key, StepQueue
 from edge_agent.scheduling.values import QueuedStep
 from tests.support.chaos import examples
 
@@ -30,6 +30,12 @@ def ask(
     return QueuedStep(
         next(IDS), engine, client, priority, 0.0, 1, deadline_s=deadline_s, probe=probe
     )
+
+
+def first(q: StepQueue, engine: str = "a") -> tuple[Key, QueuedStep]:
+    found = q.head(engine)
+    assert found is not None
+    return found
 
 
 def queue() -> StepQueue:
@@ -163,12 +169,12 @@ def test_a_key_never_changes_while_nobody_is_served(priorities, data):
     for number, priority in enumerate(priorities):
         engine = f"e{number}"
         q.add(ask(engine, f"c{number}", priority))
-        keys[engine] = q.head(engine)[0]
+        keys[engine] = first(q, engine)[0]
         other = ask(engine, f"c{number}", priority, deadline_s=1.0)
         q.add(other)
         if data.draw(st.booleans()):
             q.discard(other.id)
-        assert {name: q.head(name)[0] for name in keys} == keys
+        assert {name: first(q, name)[0] for name in keys} == keys
 
 
 @given(
@@ -183,7 +189,7 @@ def test_clients_that_always_wait_share_service_by_weight(weights, costs):
         q.add(ask(client=str(client)))
     cost = itertools.cycle(costs)
     for _ in range(600):
-        step, cost_s = q.head("a")[1], next(cost)
+        step, cost_s = first(q)[1], next(cost)
         q.add(ask(client=step.client))
         q.take(step, cost_s)
         service[step.client] += cost_s
@@ -209,7 +215,7 @@ def test_a_batch_step_is_overtaken_for_a_bounded_service(upper, rivals, endless)
     for _ in range(rivals):
         q.add(rival())
     service_s = 0.0
-    while (step := q.head("a")[1]) is not late:
+    while (step := first(q)[1]) is not late:
         q.take(step, 10.0)
         service_s += 10.0
         q.add(rival())
@@ -238,23 +244,23 @@ def test_nobody_pays_twice_for_a_turn_that_was_cut_short():
     q.take(step, 5.0)
     q.add(step, again=True)
     q.take(rival, 5.0)
-    before = q.head("a")[0]
+    before = first(q)[0]
     q.take(step, 5.0)
     q.add(ask(client="x"))
-    assert q.head("a")[0][0] == before[0]
+    assert first(q)[0][0] == before[0]
 
 
 def test_a_client_that_was_away_has_saved_nothing_up():
     q = queue()
     for _ in range(10):
         q.add(ask(client="busy"))
-        q.take(q.head("a")[1], 10.0)
+        q.take(first(q)[1], 10.0)
     q.add(ask(client="busy"))
     q.add(ask(client="back"))
     q.add(ask(client="back"))
-    q.take(q.head("a")[1], 1.0)
-    assert {q.head("a")[1].client} <= {"busy", "back"}
-    assert q.head("a")[0][0] == pytest.approx(OFFSETS_S[Priority.NORMAL] + 100.0)
+    q.take(first(q)[1], 1.0)
+    assert {first(q)[1].client} <= {"busy", "back"}
+    assert first(q)[0][0] == pytest.approx(OFFSETS_S[Priority.NORMAL] + 100.0)
 
 
 def test_weights_follow_a_reload_at_once():
@@ -265,7 +271,7 @@ def test_weights_follow_a_reload_at_once():
     weights["x"] = 9.0
     served: Counter[str] = Counter()
     for _ in range(100):
-        step = q.head("a")[1]
+        step = first(q)[1]
         q.add(ask(client=step.client))
         q.take(step, 1.0)
         served[step.client] += 1
