@@ -16,6 +16,7 @@ from edge_agent.scheduling.residents import Resident
 from edge_agent.scheduling.state import State
 from edge_agent.scheduling.values import QueuedStep
 from edge_agent.status import MemoryStatus, StepWait, WaitReason
+from edge_agent.units import size_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,8 @@ def _taken(state: State, resident: Resident, now_s: float) -> _Cause:
         text = f"{running} steps run; only {parallel} of {resident.slots} may while heat is {heat}"
         return _Cause(WaitReason.HEAT, text, (resident.name,), 0, ready_in_s)
     text = f"all {parallel} places of {resident.name} are taken"
+    if parallel == 1:
+        text = f"the only place of {resident.name} is taken"
     if running < parallel:
         free = resident.facts.kv_tokens - resident.used_tokens
         text = (
@@ -129,8 +132,9 @@ def _taken(state: State, resident: Resident, now_s: float) -> _Cause:
 def _absent(state: State, engine: str, now_s: float) -> _Cause:
     """Of an engine that is not in memory."""
     if state.level is not Level.NORMAL:
-        available = state.machine.memory.available_bytes
-        text = f"memory is below the {state.level.name.lower()} floor ({available} bytes free)"
+        floor, available = state.level.name.lower(), state.machine.memory.available_bytes
+        free = "" if available is None else f": {size_text(available)} are free"
+        text = f"memory is short, at the {floor} floor{free}"
         return _Cause(WaitReason.PRESSURE, text)
     moving = [each for each in state.residents.values() if each.state in _MOVING]
     for key, step in state.next_loads():
@@ -151,7 +155,8 @@ def _absent(state: State, engine: str, now_s: float) -> _Cause:
         text = f"{names} finish what they run and leave for it" if names else "it is loaded next"
         return _Cause(WaitReason.DRAINING, text, plan.victims)
     if isinstance(plan, TooLarge):
-        text = f"needs {plan.needed_bytes} bytes, at most {plan.most_bytes} can be free"
+        needed, most = size_text(plan.needed_bytes), size_text(plan.most_bytes)
+        text = f"needs {needed}, at most {most} can be free"
         return _Cause(WaitReason.ROOM, text, plan.pinned, plan.needed_bytes - plan.most_bytes)
     return _blocked(state, plan, now_s)
 
@@ -172,7 +177,7 @@ def _blocked(state: State, plan: Blocked, now_s: float) -> _Cause:
         WaitReason.LEASE: f"{names} was loaded for a step that has no token yet",
         WaitReason.TURN: f"steps whose turn is sooner wait for {names}",
         WaitReason.TRANSITION: f"{names} is on its way in or out",
-    }.get(plan.reason, f"{plan.missing_bytes} bytes are missing and nothing can go for them")
+    }.get(plan.reason, f"{size_text(plan.missing_bytes)} are missing and nothing can go for them")
     pinned = ", ".join(sorted(state.pins & state.residents.keys()))
     if plan.reason is WaitReason.ROOM and pinned:
         text += f"; pinned: {pinned}"

@@ -16,6 +16,7 @@ from edge_agent.engines import manifest as manifests
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.engines.host import EngineHost
 from edge_agent.engines.manifest import Manifest
+from edge_agent.engines.protocol import Options
 from edge_agent.errors import EdgeAgentError, LoadFailed, WorkerError
 from edge_agent.scheduling.backoff import Backoff
 from edge_agent.scheduling.failures import Failure, out_of_memory
@@ -23,7 +24,11 @@ from edge_agent.scheduling.footfall import Footfall
 from edge_agent.scheduling.footprint import estimate
 from edge_agent.scheduling.loading import Loader, LoadingSettings, LoadTrouble
 from edge_agent.scheduling.planner import LOST, Planner
-from edge_agent.scheduling.values import Refuse
+from edge_agent.scheduling.values import EngineFacts, Refuse
+
+_START_S, _READ_BYTES_PER_S = 0.5, 500e6
+"""Of an engine that was never loaded here: its process starts, and its files are read and copied.
+Assumed; the first load is measured."""
 
 log = structlog.get_logger()
 
@@ -92,6 +97,31 @@ class Residency:
     def host(self, name: str) -> EngineHost:
         """The process of a resident engine."""
         return self._hosted[name].host
+
+    def facts(self, manifest: Manifest) -> tuple[Options, EngineFacts]:
+        """How an engine would be loaded, and what the planner must know of it.
+
+        Raises:
+            LoadFailed: it can't be loaded as configured; remembered as its failure.
+        """
+        try:
+            options = self._settings().options(manifest)
+        except LoadFailed as error:
+            self.failed(manifest.name, error)
+            raise
+        load_s = self.load_s(manifest.name)
+        now_s = asyncio.get_running_loop().time()
+        refusal = self._loader.quarantine.refusal(manifest) or self.refusal(manifest, now_s)
+        shape = (options.slots, options.context_tokens)
+        return options, EngineFacts(
+            name=manifest.name,
+            footprint=self._loader.footprints.of(manifest, *shape),
+            slots=options.slots,
+            kv_tokens=options.slots * options.context_tokens,
+            load_s=_expected_load_s(manifest) if load_s is None else load_s,
+            cache_bytes=manifest.memory.cache_bytes,
+            refusal=refusal,
+        )
 
     def load_s(self, name: str) -> float | None:
         """How long its last load took; None when it was never loaded."""
@@ -367,6 +397,11 @@ class Residency:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+
+def _expected_load_s(manifest: Manifest) -> float:
+    """How long a first load may take."""
+    return _START_S + sum(spec.size_bytes for spec in manifest.files) / _READ_BYTES_PER_S
 
 
 def _killed(name: str) -> LoadTrouble:

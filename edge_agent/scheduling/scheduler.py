@@ -30,23 +30,20 @@ from edge_agent.engines.protocol import Options
 from edge_agent.errors import (
     EdgeAgentError,
     FailedPrecondition,
-    LoadFailed,
-    StepFailed,
     Unavailable,
-    WorkerError,
 )
 from edge_agent.scheduling.explain import explain, memory_status
 from edge_agent.scheduling.footprints import Footprints
 from edge_agent.scheduling.loading import Loader, LoadingSettings, NewHost
 from edge_agent.scheduling.machine import Machine
-from edge_agent.scheduling.pending import OnState, PendingStep, queued_step, served
+from edge_agent.scheduling.pending import OnState, PendingStep, queued_step
 from edge_agent.scheduling.planner import Planner
 from edge_agent.scheduling.quarantine import Quarantine
 from edge_agent.scheduling.residency import Reports, Residency
+from edge_agent.scheduling.steps import Steps
 from edge_agent.scheduling.values import (
     Action,
     DropCache,
-    EngineFacts,
     Kill,
     Load,
     MachineView,
@@ -61,9 +58,6 @@ from edge_agent.scheduling.values import (
 from edge_agent.status import MemoryStatus, StepWait
 from edge_agent.wakeup import Wakeup
 
-_START_S, _READ_BYTES_PER_S = 0.5, 500e6
-"""Of an engine that was never loaded here: its process starts, and its files are read and copied.
-Assumed; the first load is measured."""
 DAEMON = "edge-agent"
 """The client of what the daemon itself wants."""
 
@@ -107,9 +101,8 @@ class Scheduler:
             lambda: self._settings.loading,
             Reports(self._progressed, self._carry_out, self._turn),
         )
-        self._pending: dict[int, PendingStep] = {}
+        self._steps = Steps(self._planner, self._residency, self._turn)
         self._probe: PendingStep | None = None
-        self.moves = 0
         self._ids = itertools.count(1)
         self._changed = Wakeup()
         self._background: set[asyncio.Task[None]] = set()
@@ -130,6 +123,11 @@ class Scheduler:
         self._planner.state.pins = set(settings.pinned)
         self._residency.forgive()
         self._turn()
+
+    @property
+    def moves(self) -> int:
+        """How much steps have moved: texts and results that have come from workers."""
+        return self._steps.moves
 
     @property
     def planner(self) -> Planner:
@@ -172,7 +170,7 @@ class Scheduler:
             context_tokens=options.context_tokens,
             max_output_tokens=manifest.max_output_tokens,
         )
-        result = await self._wait_for(PendingStep(step, request, on_text, on_state))
+        result = await self._steps.run(PendingStep(step, request, on_text, on_state))
         assert result is not None  # noqa: S101 - only steps that load end without one
         return result
 
@@ -195,7 +193,7 @@ class Scheduler:
         )
         step = dataclasses.replace(step, probe=True)
         self._probe = PendingStep(step, request, _ignore_text, _ignore_state)
-        await self._wait_for(self._probe)
+        await self._steps.run(self._probe)
 
     async def load(self, name: str) -> EngineInfo:
         """Load an engine, or wait for whoever does.
@@ -217,33 +215,8 @@ class Scheduler:
             deadline_s=now_s + 2 * attempt_s,
             load_only=True,
         )
-        await self._wait_for(PendingStep(step, StepRequest(()), _ignore_text, _ignore_state))
+        await self._steps.run(PendingStep(step, StepRequest(()), _ignore_text, _ignore_state))
         return self.engine(name)
-
-    async def _wait_for(self, pending: PendingStep) -> StepResult | None:
-        if self._stopping:
-            raise Unavailable("the daemon is stopping")
-        step = pending.step
-        self._pending[step.id] = pending
-        try:
-            self._planner.submit(step, self._now_s())
-            self._turn()
-            return await asyncio.shield(pending.done)
-        except asyncio.CancelledError:
-            self._abandon(pending)
-            raise
-        finally:
-            if pending.sequence is None:
-                self._pending.pop(step.id, None)
-
-    def _abandon(self, pending: PendingStep) -> None:
-        """Nobody waits for it any more."""
-        pending.abandoned = True
-        pending.done.cancel()
-        if self._planner.withdraw(pending.step.id):
-            self._turn()
-        elif pending.sequence is not None:
-            self._residency.host(pending.step.engine).cancel(pending.sequence)
 
     # --- engines ---
 
@@ -267,9 +240,8 @@ class Scheduler:
             FailedPrecondition: reason ENGINE_BUSY, steps use it or wait for it.
         """
         self._catalogue.get(name)
-        while not self._stopping and self._probe_runs_on(
-            name
-        ):  # nobody is refused because of a probe
+        # Nobody is refused because of a probe.
+        while not self._stopping and self._probe_runs_on(name):
             await self._changed.next()
         if self._planner.unload(name):
             self._residency.begin_unload(name)
@@ -392,9 +364,7 @@ class Scheduler:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._residency.stop()
-        for pending in list(self._pending.values()):
-            self._fail(pending, WorkerError("the daemon stops", reason="ENGINE_UNLOADED"))
-        self._pending.clear()
+        self._steps.stop()
         self._changed.notify()
 
     # --- the loop: decide, carry out, come back when time alone changes something ---
@@ -410,7 +380,7 @@ class Scheduler:
                     self._carry_out(action)
         finally:
             self._deciding = False
-        self._tell_waiting()
+        self._steps.tell_waiting()
         self._set_timer()
         self._changed.notify()
 
@@ -426,7 +396,9 @@ class Scheduler:
         resident = self._planner.state.residents.get(probe.step.engine)
         if resident is None or resident.state is not EngineState.READY:
             self._planner.withdraw(probe.step.id)
-            self._fail(probe, Unavailable(f"engine {probe.step.engine} is not in memory"))
+            self._steps.refuse(
+                probe.step, Unavailable(f"engine {probe.step.engine} is not in memory")
+            )
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -438,110 +410,27 @@ class Scheduler:
     def _carry_out(self, action: Action) -> None:
         match action:
             case Start(step=step):
-                self._start(self._pending[step.id])
+                self._steps.start(step)
             case Ready(step=step):
-                self._finish(self._pending[step.id], None)
+                self._steps.ready(step)
             case Refuse(step=step, error=error):
-                self._fail(self._pending[step.id], error)
+                self._steps.refuse(step, error)
             case Preempt(step=step, by=by):
-                self._preempt(self._pending[step.id], by)
+                self._steps.preempt(step, by)
             case Load(engine=name, attempt=attempt):
                 self._residency.begin_load(name, attempt)
             case Unload(engine=name, why=why):
                 log.info("engine_evicted", engine=name, why=why)
                 self._residency.begin_unload(name)
             case Kill(engine=name):
-                self._kill(name)
+                self._steps.put_off(name)
+                self._residency.kill(name)
             case DropCache(engine=name):
                 self._residency.host(name).drop_cache()
 
-    def _tell_waiting(self) -> None:
-        residents = self._planner.state.residents
-        for step in self._planner.state.queue.waiting():
-            resident = residents.get(step.engine)
-            pending = self._pending[step.id]
-            if resident is None or resident.state is not EngineState.LOADING:
-                pending.tell(RunState.QUEUED)
-            elif pending.state is not RunState.LOADING:
-                pending.tell(RunState.LOADING)
-
-    # --- a step in its worker ---
-
-    def _start(self, pending: PendingStep) -> None:
-        step, now_s = pending.step, self._now_s()
-        resident = self._planner.state.residents[step.engine]
-        pending.started(now_s, resident.asked_s, resident.ready_s)
-        try:
-            pending.sequence = self._residency.host(step.engine).decide(
-                pending.next_request(), lambda text, tokens: self._took_text(pending, text, tokens)
-            )
-        except (EdgeAgentError, ValueError) as error:  # the process is gone, or no frame holds it
-            self._planner.ended(step, now_s, None)
-            self._fail(pending, error)
-            return
-        pending.tell(RunState.RUNNING)
-        sequence = pending.sequence
-        sequence.ended.add_done_callback(lambda ended: self._let_go(pending, ended))
-
-    def _took_text(self, pending: PendingStep, text: str, tokens: int) -> None:
-        self.moves += 1
-        self._planner.first_token(pending.step)
-        pending.take_text(text, tokens, self._now_s())
-
-    def _preempt(self, pending: PendingStep, by: QueuedStep) -> None:
-        if pending.sequence is None:
-            return
-        pending.stopping = True
-        log.info("step_preempted", run=pending.step.run_id, by_run=by.run_id, by_client=by.client)
-        self._residency.host(pending.step.engine).cancel(pending.sequence)
-
-    def _let_go(self, pending: PendingStep, ended: "asyncio.Future[StepResult]") -> None:
-        """The worker is done with a step, well or not."""
-        step, now_s, error = pending.step, self._now_s(), ended.exception()
-        if pending.abandoned:
-            self._pending.pop(step.id, None)
-            self._planner.ended(step, now_s, None)
-        elif error is None:
-            self.moves += 1
-            usage = ended.result().usage
-            self._planner.ended(step, now_s, served(usage))
-            self._finish(pending, pending.result(ended.result()))
-            self._residency.step_ended(step.engine, usage.prompt_tokens + usage.completion_tokens)
-        elif pending.stopping and _was_stopped(error):
-            pending.stopped(now_s)
-            self._planner.preempted(step, now_s)
-        else:
-            self._planner.ended(step, now_s, None)
-            self._fail(pending, error)
-        self._turn()
-
-    def _finish(self, pending: PendingStep, result: StepResult | None) -> None:
-        pending.sequence = None
-        self._pending.pop(pending.step.id, None)
-        if not pending.done.done():
-            pending.done.set_result(result)
-
-    def _fail(self, pending: PendingStep, error: BaseException) -> None:
-        pending.sequence = None
-        self._pending.pop(pending.step.id, None)
-        if not pending.done.done():
-            pending.done.set_exception(error)
-            pending.done.exception()  # retrieved here too: nobody may wait for it any more
-
-    def _kill(self, name: str) -> None:
-        """Below the hard floor: the process ends now, its steps wait for better times."""
-        for pending in self._pending.values():
-            if pending.step.engine == name and pending.sequence is not None:
-                pending.stopping = True
-        self._residency.kill(name)
-
     def _progressed(self, name: str, fraction: float) -> None:
-        for pending in list(self._pending.values()):
-            if pending.step.engine == name and pending.state is RunState.LOADING:
-                pending.tell(RunState.LOADING, fraction)
+        self._steps.tell_progress(name, fraction)
         self._changed.notify()
-
-    # --- what is known of engines ---
 
     def _know(self, name: str) -> tuple[Manifest, Options]:
         """Look an engine up, and tell the planner what it is now.
@@ -551,24 +440,8 @@ class Scheduler:
             LoadFailed: it can't be loaded as configured.
         """
         manifest = self._catalogue.get(name)
-        try:
-            options = self._settings.loading.options(manifest)
-        except LoadFailed as error:
-            self._residency.failed(name, error)
-            raise
-        load_s = self._residency.load_s(name)
-        self._planner.know(
-            EngineFacts(
-                name=name,
-                footprint=self._footprints.of(manifest, options.slots, options.context_tokens),
-                slots=options.slots,
-                kv_tokens=options.slots * options.context_tokens,
-                load_s=_expected_load_s(manifest) if load_s is None else load_s,
-                cache_bytes=manifest.memory.cache_bytes,
-                refusal=self._quarantine.refusal(manifest)
-                or self._residency.refusal(manifest, self._now_s()),
-            )
-        )
+        options, facts = self._residency.facts(manifest)
+        self._planner.know(facts)
         return manifest, options
 
     def _now_s(self) -> float:
@@ -578,18 +451,6 @@ class Scheduler:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-def _expected_load_s(manifest: Manifest) -> float:
-    """How long a first load may take."""
-    return _START_S + sum(spec.size_bytes for spec in manifest.files) / _READ_BYTES_PER_S
-
-
-def _was_stopped(error: BaseException) -> bool:
-    """Stopped by us: cancelled in the worker, or the worker was killed."""
-    return isinstance(error, WorkerError) or (
-        isinstance(error, StepFailed) and error.reason == "CANCELLED"
-    )
 
 
 def _ignore_text(_text: str, _tokens: int) -> None:

@@ -40,6 +40,7 @@ from edge_agent.scheduling.planner import Planner
 from edge_agent.scheduling.residency import Residency
 from edge_agent.scheduling.scheduler import Scheduler, SchedulerSettings
 from edge_agent.scheduling.state import State
+from edge_agent.scheduling.steps import Steps
 from edge_agent.scheduling.values import Rules
 from tests.support.chaos import TIMES
 from tests.support.engine_files import recipe_data
@@ -336,7 +337,7 @@ class Simulation:
         await asyncio.sleep(60.0)  # what is cancelled lets go, and a leak is found to be back
         assert self.scheduler.step_counts() == (0, 0)
         self.check_books()
-        assert not self.scheduler._pending
+        assert not self.scheduler._steps._pending
 
     async def _use_every_engine(self) -> None:
         for name in SIZES:
@@ -371,7 +372,7 @@ class Simulation:
         alive = [host for host in self.world.hosts if host.process_alive]
         assert not alive or self.world.chances.never_ends, "processes that are left"
         assert self.scheduler.loaded_count() == 0
-        assert not self.scheduler._pending
+        assert not self.scheduler._steps._pending
 
     def check_books(self) -> None:
         """The planner's records are what really is."""
@@ -394,19 +395,19 @@ class Simulation:
             if resident.state in (EngineState.READY, EngineState.DRAINING) and host is not None:
                 open_steps = {
                     pending.step.id
-                    for pending in self.scheduler._pending.values()
+                    for pending in self.scheduler._steps._pending.values()
                     if pending.step.engine == name
                     and pending.sequence is not None
                     and not pending.sequence.ended.done()
                 }
                 assert open_steps <= resident.running.keys()
                 assert len(host.open_sequences) == len(open_steps)
-        for pending in self.scheduler._pending.values():
+        for pending in self.scheduler._steps._pending.values():
             queued = pending.step.id in state.queue
             assert queued or pending.step.id in running or pending.done.done()
             assert not (queued and pending.step.id in running)
         assert len(state.queue) == sum(
-            step.id in self.scheduler._pending for step in state.queue.waiting()
+            step.id in self.scheduler._steps._pending for step in state.queue.waiting()
         )
 
 
@@ -471,12 +472,12 @@ def count_the_last_attempt_only(patch: pytest.MonkeyPatch) -> None:
 
 
 def leave_the_caller_waiting(patch: pytest.MonkeyPatch) -> None:
-    def fail(self: Scheduler, pending: PendingStep, error: BaseException) -> None:
+    def fail(self: Steps, pending: PendingStep, error: BaseException) -> None:
         if "ended" not in str(error):
             real(self, pending, error)
 
-    real = Scheduler._fail
-    patch.setattr(Scheduler, "_fail", fail)
+    real = Steps._fail
+    patch.setattr(Steps, "_fail", fail)
 
 
 def move_two_at_once(patch: pytest.MonkeyPatch) -> None:
@@ -526,7 +527,7 @@ def stop_without_the_loads(patch: pytest.MonkeyPatch) -> None:
 
 def stop_without_an_answer(patch: pytest.MonkeyPatch) -> None:
     async def stop(self: Scheduler) -> None:
-        self._pending.clear()
+        self._steps._pending.clear()
         await real(self)
 
     real = Scheduler.stop
