@@ -195,7 +195,7 @@ def test_memory_is_below_a_floor():
     told.planner.observe(told.view(available=GIB - 1))
     found = told.why(told.ask("alpha"))
     assert found.reason is WaitReason.PRESSURE
-    assert "below the soft floor" in found.text
+    assert "at the soft floor" in found.text
 
 
 def test_every_reason_is_tested_here():
