@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test check lint-units fuzz bench wheel lock proto docs clean
+.PHONY: help setup engine demo test check lint-units fuzz chaos mutate bench wheel lock proto docs clean
 
 PYTHON ?= python3
 UV ?= uv
@@ -14,6 +14,9 @@ ENGINE := smollm2-135m-instruct
 ENGINE_STORE := build/engines
 ROBOT ?= warehouse
 FUZZ_S ?= 600
+CHAOS ?= 100
+MUTATE ?=
+MUTATE_S ?= 3600
 BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 CODE = $(wildcard edge_agent tests benchmarks examples docs hatch_build.py)
 SCRIPTS = .ci/run $(shell find . \( -name .venv -o -name build -o -name dist -o -name node_modules \) -prune -o -name '*.sh' -print)
@@ -65,6 +68,12 @@ lint-units:
 
 fuzz: setup  ## send any message to every call for ten minutes (FUZZ_S=600)
 	EDGE_AGENT_FUZZ_S=$(FUZZ_S) $(BIN)/pytest tests/integration/test_any_message.py
+
+chaos: setup  ## many more histories of the stateful models (CHAOS=100 times as many as in `make test`)
+	EDGE_AGENT_CHAOS=$(CHAOS) $(BIN)/pytest --timeout 0 tests/unit/scheduling
+
+mutate: setup  ## put small bugs into the scheduler's core: its tests must notice (MUTATE='queue budget')
+	$(BIN)/python tests/mutation/mutate.py --limit-s $(MUTATE_S) $(MUTATE)
 
 bench: engine  ## run every benchmark; the last JSON line of each goes to build/bench.jsonl
 	@mkdir -p build; : > build/bench.jsonl; failed=''; \
