@@ -111,6 +111,16 @@ def still_holds(scene: Scene, plan: LoadPlan, key: Key) -> bool:
     return True
 
 
+def still_enough(scene: Scene, plan: LoadPlan) -> bool:
+    """Whether a plan's victims are needed, and free enough, as things are now."""
+    need = scene.facts[plan.engine].footprint.load_peak_bytes
+    missing = need - room_bytes(scene.memory, scene.ledger, scene.rules)
+    places = 1 + len(scene.residents) - scene.rules.max_resident_engines
+    victims = [scene.residents[name] for name in plan.victims if name in scene.residents]
+    frees = sum(victim.committed_bytes for victim in victims)
+    return (missing > 0 or places > 0) and frees >= missing and len(victims) >= places
+
+
 def _never_fits(scene: Scene, facts: EngineFacts) -> TooLarge | None:
     need, most = facts.footprint.load_peak_bytes, ceiling_bytes(scene.memory, scene.rules)
     if need > most:

@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from edge_agent.core import EngineState, Priority
 from edge_agent.errors import EdgeAgentError
 from edge_agent.scheduling import refusals
-from edge_agent.scheduling.eviction import Blocked, LoadPlan, TooLarge, plan_load, still_holds
+from edge_agent.scheduling.eviction import (
+    Blocked,
+    LoadPlan,
+    TooLarge,
+    plan_load,
+    still_enough,
+    still_holds,
+)
 from edge_agent.scheduling.pressure import Level
 from edge_agent.scheduling.queue import Key
 from edge_agent.scheduling.residents import Resident, Running
@@ -128,6 +135,8 @@ class RoomMaker:
             idle = tuple(sorted(resident.name for resident in state.idle()))
             if under_way or idle:
                 return under_way or LoadPlan(engine, key, idle)
+        if under_way and still_enough(state.scene(), under_way):
+            return under_way
         found = plan_load(state.scene(), engine, key, step, now_s)
         if isinstance(found, TooLarge):
             return refusals.too_large(found)

@@ -203,6 +203,9 @@ class Planner:
     def _serve(self, resident: Resident, now_s: float) -> Iterator[Action]:
         """Give out free places in turn; a BATCH step may have to leave one."""
         state = self.state
+        runs = resident.running.values()
+        if len(runs) >= resident.slots and not any(run.step.preemptible for run in runs):
+            return
         while (head := state.queue.head(resident.name)) is not None:
             key, step = head
             if not resident.has_place(step, state.parallel(resident, step)):

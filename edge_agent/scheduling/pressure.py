@@ -16,6 +16,10 @@ _FULL_STALLED_SHARE = 0.5
 """`full` means that every task waited: half of the limit for `some` is as bad."""
 
 
+_PLACES = {Heat.UNKNOWN: 0.75, Heat.WARM: 0.75, Heat.THROTTLED: 0.5}
+"""Share of the places that is given out while the machine is warm."""
+
+
 class Level(enum.IntEnum):
     """NORMAL: engines load. SOFT: none loads, idle ones go. HARD: workers are killed."""
 
@@ -41,8 +45,7 @@ def next_level(before: Level, machine: MachineView, rules: Rules) -> Level:
 
 def parallel_steps(slots: int, heat: Heat) -> int:
     """How many steps an engine with so many slots may decide at once, URGENT ones apart."""
-    share = {Heat.NOMINAL: 1.0, Heat.UNKNOWN: 0.75, Heat.WARM: 0.75, Heat.THROTTLED: 0.5}[heat]
-    return max(1, math.ceil(slots * share))
+    return slots if heat is Heat.NOMINAL else max(1, math.ceil(slots * _PLACES[heat]))
 
 
 def slowdown(heat: Heat) -> float:

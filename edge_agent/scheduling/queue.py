@@ -9,6 +9,7 @@ while a step only waits. Within a flow the earliest deadline goes first.
 
 import bisect
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -48,10 +49,6 @@ class _Flow:
     weight: float = 1.0
     waiting: int = 0
 
-    @property
-    def key_s(self) -> float:
-        return self.tag_s + OFFSETS_S[self.priority]
-
 
 @dataclass(slots=True)
 class _Lane:
@@ -63,14 +60,22 @@ class _Lane:
 
     flow: _Flow
     order: int
+    offset_s: float
     entries: list[_Entry] = field(default_factory=list)
 
     @property
-    def key(self) -> Key:
-        return self.flow.key_s, self.order
+    def key_s(self) -> float:
+        return self.flow.tag_s + self.offset_s
 
-    def first(self, *, probes: bool) -> QueuedStep | None:
-        return next((step for _, _, step in self.entries if probes or not step.probe), None)
+    @property
+    def key(self) -> Key:
+        return self.key_s, self.order
+
+    def first_but_probes(self) -> QueuedStep | None:
+        return next((step for _, _, step in self.entries if not step.probe), None)
+
+
+_key_of = operator.attrgetter("key_s", "order")
 
 
 class StepQueue:
@@ -87,7 +92,7 @@ class StepQueue:
         self._paid: set[int] = set()
         self._counts: dict[str, int] = {}
         self._rivals = dict.fromkeys(Priority, 0.0)
-        self._heads: dict[tuple[str, bool], _Head | None] = {}
+        self._heads: dict[str, _Head | None] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -119,7 +124,8 @@ class StepQueue:
         self._counts[step.engine] = self._counts.get(step.engine, 0) + 1
         self._forget_head(step.engine)
         lanes = self._lanes.setdefault(step.engine, {})
-        lane = lanes.setdefault((step.client, step.priority), _Lane(flow, self._arrivals))
+        offset_s = OFFSETS_S[step.priority]
+        lane = lanes.setdefault((step.client, step.priority), _Lane(flow, self._arrivals, offset_s))
         bisect.insort(lane.entries, entry)
 
     def discard(self, step_id: int) -> QueuedStep | None:
@@ -133,18 +139,18 @@ class StepQueue:
 
         `probes`: whether those count that never cause a load.
         """
-        known = (engine, probes)
-        if known not in self._heads:
-            self._heads[known] = self._find_head(engine, probes=probes)
-        return self._heads[known]
-
-    def _find_head(self, engine: str, *, probes: bool) -> _Head | None:
+        if engine not in self._heads:
+            lane = min(self._lanes.get(engine, {}).values(), key=_key_of, default=None)
+            self._heads[engine] = None if lane is None else (lane.key, lane.entries[0][2])
+        head = self._heads[engine]
+        if probes or head is None or not head[1].probe:
+            return head
         heads = (
             (lane.key, step)
-            for lane in self._lanes.get(engine, {}).values()
-            if (step := lane.first(probes=probes)) is not None
+            for lane in self._lanes[engine].values()
+            if (step := lane.first_but_probes()) is not None
         )
-        return min(heads, key=lambda head: head[0], default=None)
+        return min(heads, key=lambda each: each[0], default=None)
 
     def take(self, step: QueuedStep, cost_s: float) -> Key:
         """Start a step: its flow's next turn comes `cost_s` of service later. Returns its key."""
@@ -169,7 +175,7 @@ class StepQueue:
     def in_order(self) -> list[QueuedStep]:
         """Everybody who waits, roughly as they will go: each flow counts with its next turn."""
         entries = [
-            (lane.flow.key_s, entry)
+            (lane.key_s, entry)
             for lanes in self._lanes.values()
             for lane in lanes.values()
             for entry in lane.entries
@@ -225,5 +231,4 @@ class StepQueue:
 
     def _forget_head(self, engine: str) -> None:
         """It is found anew when it is asked for."""
-        self._heads.pop((engine, True), None)
-        self._heads.pop((engine, False), None)
+        self._heads.pop(engine, None)

@@ -69,9 +69,9 @@ class Resident:
         self, step: QueuedStep, parallel: int, without: AbstractSet[int] = frozenset()
     ) -> bool:
         """Whether this step's whole need is free, now or `without` these running steps."""
-        left = [run.step for run in self.running.values() if run.step.id not in without]
-        if len(left) >= parallel:
+        if len(self.running) - len(without) >= parallel:
             return False
+        left = [run.step for run in self.running.values() if run.step.id not in without]
         used_tokens = sum(each.need_tokens for each in left)
         return not left or used_tokens + step.need_tokens <= self.facts.kv_tokens
 

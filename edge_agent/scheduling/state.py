@@ -65,14 +65,17 @@ class State:
             return resident.slots
         return parallel_steps(resident.slots, self.machine.heat)
 
-    def next_loads(self) -> list[tuple[Key, QueuedStep]]:
+    def next_loads(self) -> Iterator[tuple[Key, QueuedStep]]:
         """The first step of each engine that is waited for and not in memory, in turn."""
         heads = [
-            self.queue.head(name, probes=False)
+            head
             for name in self.queue.engines()
             if name not in self.residents
+            and (head := self.queue.head(name, probes=False)) is not None
         ]
-        return sorted((head for head in heads if head is not None), key=lambda head: head[0])
+        heapq.heapify(heads)  # mostly one is asked for; no two keys are the same
+        while heads:
+            yield heapq.heappop(heads)
 
     def wanted_in_memory(self) -> list[QueuedStep]:
         """Steps that ask for no more than that their engine takes steps, which it does."""
