@@ -14,7 +14,7 @@ from pathlib import Path
 
 import structlog
 
-from edge_agent import __version__, memory_lock, paths
+from edge_agent import __version__, durable, memory_lock, paths
 from edge_agent.api.server import ApiServers
 from edge_agent.config import Config, load_config, needs_restart
 from edge_agent.engines.catalogue import Catalogue
@@ -118,10 +118,8 @@ class ConfigFile:
         return self.locations.state_dir
 
     def _keep_last_good(self, path: Path) -> None:
-        partial = self._state_dir / f"{LAST_GOOD_CONFIG}.partial"
         try:
-            partial.write_bytes(path.read_bytes())
-            partial.replace(self._state_dir / LAST_GOOD_CONFIG)
+            durable.replace(self._state_dir / LAST_GOOD_CONFIG, path.read_bytes())
         except OSError as error:  # a full disk is no reason to refuse a good configuration
             log.warning("last_good_config_not_kept", error=str(error))
 

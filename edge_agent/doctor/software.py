@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Final
 
 from edge_agent import paths
-from edge_agent.config import Config, load_config
+from edge_agent.config import Config, EngineOverride, load_config
 from edge_agent.doctor.children import NoAnswer, ask_libraries
 from edge_agent.doctor.finding import Finding, fail, good, unknown, warn
 from edge_agent.engines.catalogue import BrokenEngine, Catalogue
 from edge_agent.engines.manifest import BACKENDS, Manifest
 from edge_agent.errors import ConfigError, EdgeAgentError
+from edge_agent.scheduling.footprint import estimate
+from edge_agent.scheduling.values import Footprint
 from edge_agent.units import size_text
 
 LIBRARIES: Final = {"llama_cpp": ("xllamacpp", "llguidance", "jsonschema_rs", "msgspec")}
@@ -108,9 +110,16 @@ def check_engines(
         room = available_bytes
         if name in preloaded:  # one after the other, and they stay; any other may take their place
             room = None if available_bytes is None else available_bytes - before
-            before += manifest.memory.steady_bytes
+            before += _footprint(manifest, settings).steady_bytes
         findings.append(
-            _check_engine(manifest, directory, room, needed.get(name), daemon_runs=daemon_runs)
+            _check_engine(
+                manifest,
+                directory,
+                _footprint(manifest, settings).load_peak_bytes,
+                room,
+                needed.get(name),
+                daemon_runs=daemon_runs,
+            )
         )
     findings += [
         warn(f"engine/{name}", "not installed; named by engines", "remove it from engines")
@@ -183,6 +192,7 @@ def _broken(each: BrokenEngine, needed: Mapping[str, str]) -> Finding:
 def _check_engine(
     manifest: Manifest,
     directory: Path | None,
+    peak: int,
     room_bytes: int | None,
     key: str | None,
     *,
@@ -197,7 +207,6 @@ def _check_engine(
         value = "; ".join(f"{each.field}: {each.description}" for each in wrong)
         hint = f"`edge-agent engines remove {manifest.name}`, then install it again"
         return (fail if key else warn)(name, value, hint)
-    peak = manifest.memory.load_peak_bytes
     value = f"{manifest.backend.name}, needs {size_text(peak)}"
     if room_bytes is None:
         return unknown(name, f"{value}; the memory is unknown", "see memory")
@@ -212,6 +221,13 @@ def _check_engine(
     if key == "preload":
         return fail(name, f"{value}; named by preload", hint)
     return warn(name, value, hint)
+
+
+def _footprint(manifest: Manifest, settings: Settings) -> Footprint:
+    """What the engine is estimated to take as this machine is configured."""
+    wanted = settings.config.engines.get(manifest.name, EngineOverride())
+    context_tokens = wanted.context_tokens or manifest.context_tokens
+    return estimate(manifest, wanted.slots or manifest.slots, context_tokens)
 
 
 def _all_names(store: Store) -> set[str]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from edge_agent import durable
 from edge_agent.engines import seal, store, wheel
 from edge_agent.engines.catalogue import LOCK_TIMEOUT_S, Catalogue
 from edge_agent.engines.manifest import (
@@ -224,7 +225,7 @@ def _finish(staged: Path, manifest: Manifest) -> None:
     seal.write(staged, manifest)
     store.write_file(staged / MANIFEST_NAME, encode_manifest(manifest))
     for directory in {staged, *(path for path in staged.rglob("*") if path.is_dir())}:
-        store.sync_directory(directory)
+        durable.sync(directory)
 
 
 def _require_space(root: Path, needed_bytes: int) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from edge_agent import durable
 from edge_agent.errors import InstallError
 
 LOCK_NAME: Final = ".lock"
@@ -92,7 +93,7 @@ def clean(root: Path) -> None:
         name = path.name.removeprefix(REPLACED)[: -2 * _TOKEN_BYTES - 1]
         if not os.path.lexists(root / name):
             path.rename(root / name)
-            sync_directory(root)
+            durable.sync(root)
     for kind in (INSTALLING, REMOVING, REPLACED):
         for path in root.glob(f"{kind}*"):
             discard(path)
@@ -115,11 +116,11 @@ def put_in_place(root: Path, staged: Path, name: str) -> None:
     target = root / name
     if not os.path.lexists(target):
         staged.rename(target)
-        sync_directory(root)
+        durable.sync(root)
         return
     try:
         exchange(staged, target)
-        sync_directory(root)
+        durable.sync(root)
         discard(staged)
     except OSError as error:
         if error.errno not in _NO_EXCHANGE:
@@ -127,7 +128,7 @@ def put_in_place(root: Path, staged: Path, name: str) -> None:
         aside = hidden(root, REPLACED, name)
         target.rename(aside)
         staged.rename(target)
-        sync_directory(root)
+        durable.sync(root)
         discard(aside)
 
 
@@ -139,7 +140,7 @@ def take_out(root: Path, name: str) -> None:
     """
     aside = hidden(root, REMOVING, name)
     (root / name).rename(aside)
-    sync_directory(root)
+    durable.sync(root)
     discard(aside)
 
 
@@ -211,19 +212,6 @@ def hash_file(path: Path, advance: Callable[[int], None]) -> str:
             digest.update(piece)
             advance(len(piece))
     return digest.hexdigest()
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable.
-
-    Raises:
-        OSError: as the file system says.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def failed(path: Path, error: OSError) -> InstallError:

@@ -7,12 +7,12 @@ the latch holds: a Halt is never refused.
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from edge_agent import durable
 from edge_agent.core import Halt, HaltScope
 from edge_agent.errors import NotFound
 
@@ -91,17 +91,7 @@ class HaltLatch:
         Raises:
             OSError: the file could not be written; the old one is intact.
         """
-        partial = self._path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            file.write(msgspec.json.encode(halts))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        durable.replace(self._path, msgspec.json.encode(halts))
 
 
 def covers_run(halt: Halt, client: str, agent: str) -> bool:

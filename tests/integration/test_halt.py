@@ -207,7 +207,7 @@ def test_an_unreadable_halt_record_means_all(engine_store):
 
 def test_a_halt_that_can_not_be_recorded_acts_and_says_so(engine_store):
     with running_daemon(engine_store) as daemon, Connection(daemon.api_socket) as client:
-        (daemon.state_dir / "halts.partial").mkdir()  # in the way of the record
+        (daemon.state_dir / "halts.json.partial").mkdir()  # in the way of the record
         answer = client.halt(AGENT, "patrol")
         assert not answer.recorded
         assert daemon.wait_for("halt_not_recorded")["halt"] == answer.halt.halt_id

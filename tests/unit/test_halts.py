@@ -106,7 +106,7 @@ class TestRecord:
         path = tmp_path / "halts.json"
         latch = HaltLatch(path)
         latch.record((halt(HaltScope.ALL),))
-        (tmp_path / "halts.partial").mkdir()  # in the way of the new one
+        (tmp_path / "halts.json.partial").mkdir()  # in the way of the new one
         with pytest.raises(OSError, match="partial"):
             latch.record(())
         assert HaltLatch(path).halts() == (halt(HaltScope.ALL),)
@@ -137,7 +137,7 @@ class TestRecord:
 
         monkeypatch.setattr(os, "fsync", watching)
         HaltLatch(path).record(())
-        assert synced == [("halts.partial", False), (tmp_path.name, True)]
+        assert synced == [("halts.json.partial", False), (tmp_path.name, True)]
 
     def test_people_can_read_it(self, tmp_path: Path):
         HaltLatch(tmp_path / "halts.json").record((halt(HaltScope.TOOL, "move"),))
