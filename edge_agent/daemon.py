@@ -5,6 +5,7 @@ Decides nothing about runs or engines.
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -177,6 +178,7 @@ class Daemon:
         self._handle_signals()
         await self._servers.start()
         self._sampler.start()
+        gc.freeze()  # what is built by now stays: the collector need not look at it at every call
         own = [asyncio.create_task(self._feed_watchdog()), asyncio.create_task(self._probe.run())]
         try:
             await self._servers.set_serving(serving=True)
