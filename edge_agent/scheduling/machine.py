@@ -175,6 +175,7 @@ def machine_view(
         snapshot.some_avg10_percent,
         snapshot.full_avg10_percent,
         heat(snapshot, had_zones=had_zones),
+        snapshot.power_mode_number,
     )
 
 

@@ -37,7 +37,7 @@ class State:
         self.residents: dict[str, Resident] = {}
         self.leaks: dict[str, Leak] = {}
         self.pins: set[str] = set()
-        self.paces: dict[str, Pace] = {}
+        self.paces: dict[tuple[str, int | None], Pace] = {}
         self.demands: dict[str, Demand] = {}
         self.preemptions: dict[int, int] = {}
         self.queue = StepQueue(lambda client: self.rules.client_weights.get(client, 1.0))
@@ -115,8 +115,8 @@ class State:
         return self._deadlines[0][0] if self._deadlines else math.inf
 
     def pace(self, engine: str) -> Pace:
-        """What this engine was measured to do."""
-        return self.paces.setdefault(engine, Pace())
+        """What this engine was measured to do in the power mode that is in force."""
+        return self.paces.setdefault((engine, self.machine.power_mode), Pace())
 
     def demand(self, engine: str) -> Demand:
         """How often steps ask for this engine."""

@@ -82,12 +82,16 @@ class Heat(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class MachineView:
-    """What telemetry says, as far as decisions need it; percentages are of wall time (PSI)."""
+    """What telemetry says, as far as decisions need it; percentages are of wall time (PSI).
+
+    `power_mode` is nvpmodel's number: each has a pace of its own.
+    """
 
     memory: Memory
     stalled_some_percent: float | None = None
     stalled_full_percent: float | None = None
     heat: Heat = Heat.NOMINAL
+    power_mode: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
