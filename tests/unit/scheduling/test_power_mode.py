@@ -24,7 +24,7 @@ def test_what_is_too_late_in_one_mode_is_tried_in_another_that_nobody_has_measur
     planner = Planner(Rules(0, 0, 0), VIEW)
     planner.know(engine("a", 1, load_s=0.0))
     planner.state.pace("a").observe(Served(50, 10, 1.0, 4.0))
-    with pytest.raises(DeadlineExceeded, match="prefill 1.0 s"):
+    with pytest.raises(DeadlineExceeded, match=r"prefill 1\.0 s"):
         planner.submit(late(1), 0.0)
     planner.observe(dataclasses.replace(VIEW, power_mode=2))
     planner.submit(late(2), 0.0)
