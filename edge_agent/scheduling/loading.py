@@ -179,7 +179,8 @@ class Loader:
 
         All of `held_bytes` when the process itself can't be ended.
         """
-        if held_bytes >= _PROOF_LEAST_BYTES:
+        needs_proof = not self._machine.frees_with_process and held_bytes >= _PROOF_LEAST_BYTES
+        if needs_proof:
             await self._fresh_reading()
         before = self._machine.view().memory.available_bytes
         if before is not None and host.lost.done():  # its memory may have come back by now
@@ -194,7 +195,7 @@ class Loader:
                 error=str(error),
             )
             return max(held_bytes, 1)
-        if before is None or held_bytes < _PROOF_LEAST_BYTES:
+        if before is None or not needs_proof:
             return 0
         return await self._missing(before, held_bytes, settings.memory_back_s)
 

@@ -47,6 +47,14 @@ class Machine(Protocol):
         """How the machine is now."""
         ...
 
+    @property
+    def frees_with_process(self) -> bool:
+        """Whether all that an engine takes is its process's own, so that its end gives it back.
+
+        Not so where a GPU's driver holds a part of it.
+        """
+        ...
+
     def watch_closely(self) -> AbstractContextManager[None]:
         """Memory is sampled fast in this block."""
         ...
@@ -112,6 +120,11 @@ class TelemetryMachine:
             on_gpu=self._on_gpu,
             had_zones=self._had_zones,
         )
+
+    @property
+    def frees_with_process(self) -> bool:
+        """On the CPU: the kernel takes everything back."""
+        return not self._on_gpu
 
     def watch_closely(self) -> AbstractContextManager[None]:
         """Memory is sampled at 20 Hz in this block."""

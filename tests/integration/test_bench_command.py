@@ -22,7 +22,11 @@ from tests.support.engine_files import copy_engine
 SMALL = "small"
 BROKEN = "broken"
 CONTEXT_TOKENS = 512
-CONFIG = BASE_CONFIG + f"engines: {{{SMALL}: {{context_tokens: {CONTEXT_TOKENS}, slots: 1}}}}\n"
+CONFIG = (
+    BASE_CONFIG
+    + f"engines: {{{SMALL}: {{context_tokens: {CONTEXT_TOKENS}, slots: 1}}}}\n"
+    + "scheduling: {max_resident_engines: 1, min_residency: 100ms}\n"
+)
 QUICK = ("--rounds", "1", "--max-output-tokens", "8")
 WAIT_S = 30.0
 

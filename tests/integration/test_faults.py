@@ -106,7 +106,9 @@ def test_a_hung_worker_is_killed_and_its_runs_fail(engine_store):
         assert wait_gone(worker)
 
 
-def test_a_worker_killed_twice_during_its_load_fails_the_runs_that_wait_for_want_of_memory(engine_store, tmp_path):
+def test_a_worker_killed_twice_during_its_load_fails_its_runs_for_want_of_memory(
+    engine_store, tmp_path
+):
     gate, python = tmp_path / "gate", tmp_path / "python"
     os.mkfifo(gate)
     python.write_text(f'#!/bin/sh\necho $$ >"{gate}"\nexec sleep 60\n')

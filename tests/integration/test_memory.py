@@ -110,7 +110,7 @@ class TestBudget:
             running_daemon(three, config(memory_budget="800MiB")) as daemon,
             Connection(daemon.api_socket) as client,
         ):
-            for name in ("alpha", "beta", "alpha", "alpha"):
+            for name in ("alpha", "beta", *("alpha",) * 8):
                 ok(client, short(name))
             assert states(client) == {"alpha": "READY", "beta": "READY", "gamma": "INSTALLED"}
             gone = pid(client, "beta")

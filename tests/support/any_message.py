@@ -211,7 +211,7 @@ class Wire:
 
 def _read(call: Any, method: str) -> Iterator[Message]:
     """What comes until the end, or until it is enough; a watch of engines has no end."""
-    enough = 1 if method.endswith("/WatchEngines") else READ_MESSAGES
+    enough = 1 if method.endswith(("/WatchEngines", "/WatchTelemetry")) else READ_MESSAGES
     for count, response in enumerate(call, 1):
         yield response
         if count == enough:

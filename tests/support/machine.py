@@ -17,6 +17,7 @@ class SetMachine:
         self._view = MachineView(Memory(total_bytes, available_bytes))
         self.processes: dict[int, ProcessBytes] = {}
         self.driver: int | None = None
+        self.frees_with_process = False
 
     def view(self) -> MachineView:
         """As it was set."""

@@ -39,6 +39,7 @@ AVAILABLE_KB = {
     "plain_pc": (16_000_000, 8_000_000),
 }
 HEATS = {"agx_orin": Heat.WARM}  # 91 of 95 degrees
+POWER_MODES = {"orin_nano": 2, "agx_orin": 1, "thor": 2, "old_orin": 2}
 RESERVES = {
     "orin_nano": 2 * GIB,
     "agx_orin": 10 * GIB,
@@ -52,7 +53,11 @@ def test_every_machine_has_its_memory_from_meminfo_and_a_heat(tmp_path: Path, pr
     sysroots.PROFILES[profile](tmp_path)
     total_kb, available_kb = AVAILABLE_KB[profile]
     assert view_of(tmp_path) == MachineView(
-        Memory(total_kb * 1024, available_kb * 1024), 0.0, 0.0, HEATS.get(profile, Heat.NOMINAL)
+        Memory(total_kb * 1024, available_kb * 1024),
+        0.0,
+        0.0,
+        HEATS.get(profile, Heat.NOMINAL),
+        POWER_MODES.get(profile),
     )
 
 
@@ -212,3 +217,12 @@ def test_a_process_that_is_gone_is_unknown(nvml: FakeNvml, tmp_path: Path):
     sysroots.thor(tmp_path)
     machine, _ = machine_of(tmp_path)
     assert machine.process_bytes(78) is None
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_end_of_a_process_gives_back_all_memory_unless_a_driver_holds_some(
+    tmp_path: Path, *, on_gpu: bool
+):
+    sysroots.PROFILES["orin_nano"](tmp_path)
+    machine = TelemetryMachine(Sampler(tmp_path), tmp_path, on_gpu=on_gpu)
+    assert machine.frees_with_process is not on_gpu
