@@ -110,7 +110,7 @@ class Rules:
     max_resident_engines: int = 8
     max_waiting_steps: int = 256
     min_residency_s: float = 10.0
-    residency_per_load: float = 6.0
+    residency_per_load: float = 8.0
     soft_stalled_percent: float = 20.0
     client_weights: Mapping[str, float] = field(default_factory=dict)
 
