@@ -2,7 +2,8 @@
 
 `engine` hosts the backend without anything of ours around it, `prefill` measures its prefill,
 `replay` and `echo` are bare gRPC servers, `daemon` is a daemon that logs to a file, `silent` is
-many clients that read nothing, `library` is the engine's library alone, without our package.
+many clients that read nothing, `library` is the engine's library alone, without our package,
+`caller` and `memory` are those of `_pressure_children.py`.
 """
 
 import asyncio
@@ -225,6 +226,21 @@ def silent(socket: str, run_ids: list[str]) -> tuple[object, Answer]:
     return {}, lambda _request: {"watching": sum(call.is_active() for call in calls)}
 
 
+def caller(socket: str, engines: list[str]) -> tuple[object, Answer]:
+    """A client that makes unary calls for as many `seconds` as it is asked, and times them."""
+    from benchmarks._pressure_children import call_for
+
+    return {}, lambda request: asyncio.run(call_for(socket, engines, **request))
+
+
+def memory() -> tuple[object, Answer]:
+    """A process that holds as many bytes as it is told (`size_bytes`)."""
+    from benchmarks._pressure_children import Memory
+
+    held = Memory()
+    return {}, lambda request: held.hold(**request)
+
+
 async def serve(server: Any, say: Callable[[object], None], take: Answer) -> None:
     """Run a gRPC server until the benchmark hangs up; `take` gets what it is asked."""
     await server.start()
@@ -317,6 +333,7 @@ async def replay(say: Callable[[object], None], socket: str) -> None:
 
 ROLES: dict[str, Callable[..., tuple[object, Answer]]] = {
     "engine": engine, "library": library, "prefill": prefill, "daemon": daemon, "silent": silent,
+    "caller": caller, "memory": memory,
 }  # fmt: skip
 SERVERS: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {"replay": replay, "echo": echo}
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks._sched_records import Outcome, Tally
+from benchmarks._shared import percentile
 from edge_agent.core import Priority
 
 OURS = "ours"
@@ -24,12 +25,6 @@ class Waits:
     p99_s: float
     longest_s: float
     latency_p99_s: float
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` of the values do not exceed; 0 of none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0
 
 
 def by_class(outcomes: Iterable[Outcome]) -> dict[Priority, list[Outcome]]:

@@ -145,6 +145,12 @@ def median(values: Iterable[float]) -> float:
     return statistics.median(values)
 
 
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` of the values do not exceed; 0 of none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0
+
+
 def spread(values: Sequence[float]) -> str:
     """The middle half of `values`, for the table."""
     if len(values) < 2:

@@ -38,6 +38,17 @@ KEYS = {
         "decision_us_p99",
         "weeks_per_minute",
     },
+    "pressure": {
+        "unary_ms_p99_under_pressure",
+        "unary_ms_p50_under_pressure",
+        "unary_failed",
+        "runs_lost",
+        "loads",
+        "evictions",
+        "preemptions",
+        "kills_survived",
+        "floor_crossings",
+    },
     "footprint": {"daemon_rss_mb", "ready_s", "idle_cpu_percent", "worker_overhead_mb"},
     "prefixes": {"cold_ms_0.3k", "warm_ms_0.3k", "first_ms_0.3k", "tool_ms_0.3k", "tokens_0.3k"},
 }
