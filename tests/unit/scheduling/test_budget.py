@@ -77,3 +77,8 @@ def test_the_victims_are_the_cheapest_of_all_sets_that_are_enough(candidates, mi
         return cost, len(chosen), freed, sorted(each.name for each in chosen)
 
     assert rank(found) == min(rank(chosen) for chosen in subsets)
+
+
+def test_nobody_goes_where_nothing_is_missing():
+    assert choose_victims([Candidate("a", 5, 1.0)], 0, 0) == ()
+    assert choose_victims([Candidate("a", 5, 1.0)], 1, 0) == (Candidate("a", 5, 1.0),)

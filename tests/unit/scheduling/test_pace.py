@@ -91,3 +91,27 @@ def test_demand_counts_a_third_after_five_minutes():
     demand.arrived(310.0)
     assert demand.count == pytest.approx(1 + 1 / math.e)
     assert demand.reuse(310.0, 300.0) == pytest.approx(1 - math.exp(-(1 + 1 / math.e)))
+
+
+@pytest.mark.parametrize(
+    ("served", "prefill", "decode"),
+    [
+        (Served(100, 10, 0.0, 2.0), None, 5.0),  # no time
+        (Served(0, 10, 1.0, 2.0), None, 5.0),  # nothing read
+        (Served(100, 0, 1.0, 2.0), 100.0, None),  # nothing written
+        (Served(100, 10, 1.0, 0.0), 100.0, None),
+        (Served(1, 1, 1.0, 1.0), 1.0, 1.0),
+    ],
+)
+def test_what_a_step_did_not_do_says_nothing_of_its_rate(served, prefill, decode):
+    pace = Pace()
+    pace.observe(served)
+    assert (pace.prefill_tokens_per_s, pace.decode_tokens_per_s) == (prefill, decode)
+
+
+def test_a_whole_step_is_estimated_from_both_rates_or_not_at_all():
+    pace = Pace()
+    pace.observe(Served(100, 0, 1.0, 0.0))
+    assert pace.estimate_s(100, 10) is None
+    pace.observe(Served(100, 10, 1.0, 2.0))
+    assert pace.estimate_s(100, 10) is not None

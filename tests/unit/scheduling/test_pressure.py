@@ -74,3 +74,14 @@ def test_heat_takes_places_but_never_the_last(slots, heat):
     share = {Heat.NOMINAL: 1.0, Heat.THROTTLED: 0.5}.get(heat, 0.75)
     assert parallel_steps(slots, heat) == max(1, math.ceil(slots * share))
     assert slowdown(heat) == {Heat.NOMINAL: 1.0, Heat.THROTTLED: 2.0}.get(heat, 1.25)
+
+
+def test_a_large_floor_is_left_a_quarter_of_a_gibibyte_above_it():
+    gib = 1 << 30
+    rules = Rules(reserve_bytes=0, soft_floor_bytes=10 * gib, hard_floor_bytes=gib)
+
+    def left(free: int) -> Level:
+        return next_level(Level.SOFT, MachineView(Memory(64 * gib, free)), rules)
+
+    assert left(10 * gib + gib // 4 - 1) is Level.SOFT
+    assert left(10 * gib + gib // 4) is Level.NORMAL
