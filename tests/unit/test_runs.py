@@ -443,7 +443,7 @@ class TestHalting:
     def test_acts_even_where_the_disk_refuses_and_says_so(self, play, tmp_path: Path):
         async def scenario(runs, engines):
             run_id = await with_open_call(runs, engines, "move")
-            (tmp_path / "halts.partial").mkdir()  # in the record's way
+            (tmp_path / "halts.json.partial").mkdir()  # in the record's way
             outcome = await runs.halt(HaltScope.ALL, "", "", "operator")
             assert runs.get(run_id).state is RunState.CANCELLING
             with pytest.raises(Halted):
