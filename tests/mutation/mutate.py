@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 PACKAGE = "edge_agent.scheduling"
 TESTS = ROOT / "tests" / "unit" / "scheduling"
-WHOLE = ("test_worst_cases.py", "test_planner_model.py::TestPlanner")
+WHOLE = ("test_preemption.py", "test_worst_cases.py", "test_planner_model.py::TestPlanner")
 MODULES = {
     "queue": ("test_queue.py",),
     "budget": ("test_budget.py",),
