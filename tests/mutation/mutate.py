@@ -42,7 +42,7 @@ MODULES = {
     "pace": ("test_pace.py",),
     "refusals": ("test_refusals.py",),
     "residents": ("test_residents.py", *WHOLE),
-    "eviction": WHOLE,
+    "eviction": ("test_eviction.py", *WHOLE),
     "state": WHOLE,
     "making_room": WHOLE,
     "planner": WHOLE,

@@ -1,0 +1,226 @@
+"""Who goes for an engine that is needed: what is missing decides, and what protects counts."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from edge_agent.core import EngineState, Priority
+from edge_agent.scheduling.eviction import (
+    Blocked,
+    LoadPlan,
+    Scene,
+    TooLarge,
+    plan_load,
+    still_enough,
+    still_holds,
+)
+from edge_agent.scheduling.pace import Demand
+from edge_agent.scheduling.queue import StepQueue
+from edge_agent.scheduling.residents import Resident, Running
+from edge_agent.scheduling.values import Memory, QueuedStep, Rules
+from edge_agent.status import WaitReason
+from tests.support.scheduling_world import engine
+
+GIB = 1  # of the made-up unit of `engine`
+NOW_S = 1000.0
+KEY = (50.0, 1)
+RULES = Rules(
+    reserve_bytes=2 * GIB,
+    soft_floor_bytes=0,
+    hard_floor_bytes=0,
+    max_resident_engines=3,
+    min_residency_s=10.0,
+    residency_per_load=0.0,
+)
+
+
+def step(number: int, name: str, priority: Priority = Priority.NORMAL) -> QueuedStep:
+    return QueuedStep(number, name, "arm", priority, 0.0, 10)
+
+
+WANTED = step(1, "new")
+
+
+def resident(name: str, gib: int, *, ready_s: float = 0.0, load_s: float = 1.0) -> Resident:
+    facts = dataclasses.replace(engine(name, gib), load_s=load_s)
+    return Resident(
+        facts,
+        asked_s=0.0,
+        state=EngineState.READY,
+        slots=1,
+        held_bytes=gib * GIB,
+        committed_bytes=gib * GIB,
+        ready_s=ready_s,
+        last_used_s=ready_s,
+    )
+
+
+def scene(new_gib: int, *residents: Resident, rules: Rules = RULES, **more: Any) -> Scene:
+    """A machine of 12 GiB, 10 of them for engines."""
+    held = sum(each.held_bytes for each in residents)
+    there = {each.name: each for each in residents}
+    facts = {"new": engine("new", new_gib)} | {each.name: each.facts for each in residents}
+    fields: dict[str, Any] = {
+        "memory": Memory(12 * GIB, 12 * GIB - held),
+        "rules": rules,
+        "facts": facts,
+        "residents": there,
+        "leaks": {},
+        "pins": set(),
+        "demands": {},
+        "queue": StepQueue(),
+    }
+    return Scene(**(fields | more))
+
+
+def plan(found: Scene, wanted: QueuedStep = WANTED) -> LoadPlan | Blocked | TooLarge:
+    return plan_load(found, "new", KEY, wanted, NOW_S)
+
+
+def need_gib(found: Scene) -> int:
+    return found.facts["new"].footprint.load_peak_bytes
+
+
+class TestPlan:
+    def test_what_fits_exactly_makes_nobody_go(self):
+        assert plan(scene(4, resident("a", 6))) == LoadPlan("new", KEY)
+        found = plan(scene(5, resident("a", 6)))
+        assert isinstance(found, LoadPlan)
+        assert found.victims == ("a",)
+
+    def test_the_last_place_is_taken_and_one_more_makes_somebody_go(self):
+        assert plan(scene(1, resident("a", 1), resident("b", 1))) == LoadPlan("new", KEY)
+        full = scene(1, resident("a", 1), resident("b", 1), resident("c", 1))
+        found = plan(full)
+        assert isinstance(found, LoadPlan)
+        assert len(found.victims) == 1
+
+    def test_the_one_that_is_wanted_least_goes(self):
+        demand = Demand()
+        for _ in range(5):
+            demand.arrived(NOW_S)
+        found = plan(scene(4, resident("a", 4), resident("b", 4), demands={"a": demand}))
+        assert isinstance(found, LoadPlan)
+        assert found.victims == ("b",)
+
+    def test_what_is_quick_to_bring_back_goes_before_what_weighs_more(self):
+        busy = {name: Demand(3.0, NOW_S) for name in "ab"}
+        slow = resident("a", 4, load_s=9.0)
+        found = plan(scene(4, slow, resident("b", 4), demands=busy))
+        assert isinstance(found, LoadPlan)
+        assert found.victims == ("b",)
+        heavy = resident("b", 4)
+        heavy.facts = dataclasses.replace(heavy.facts, weight=20.0)
+        found = plan(scene(4, slow, heavy, demands=busy))
+        assert isinstance(found, LoadPlan)
+        assert found.victims == ("a",)
+
+    def test_one_that_is_in_use_costs_as_if_it_were_surely_wanted(self):
+        used = resident("a", 4)
+        used.running[7] = Running(step(7, "a"), (0.0, 0), 0.0)
+        found = plan(scene(4, used, resident("b", 4), demands={"b": Demand(3.0, NOW_S)}))
+        assert isinstance(found, LoadPlan)
+        assert found.victims == ("b",)
+
+    def test_a_pinned_one_stays_and_another_goes(self):
+        found = plan(scene(4, resident("a", 4), resident("b", 4), pins={"a"}))
+        assert isinstance(found, LoadPlan)
+        assert found.victims == ("b",)
+
+    def test_beside_the_pinned_it_can_be_too_large_by_a_byte(self):
+        found = scene(3, resident("a", 6), pins={"a"})
+        need = need_gib(found)
+        exact = dataclasses.replace(
+            found, rules=dataclasses.replace(RULES, budget_bytes=6 * GIB + need)
+        )
+        assert isinstance(plan(exact), LoadPlan)
+        short = dataclasses.replace(
+            found, rules=dataclasses.replace(RULES, budget_bytes=6 * GIB + need - 1)
+        )
+        assert plan(short) == TooLarge("new", need, need - 1, ("a",))
+
+    def test_when_every_place_is_pinned_nothing_is_left_for_it(self):
+        rules = dataclasses.replace(RULES, max_resident_engines=1)
+        found = scene(1, resident("a", 1), rules=rules, pins={"a"})
+        assert plan(found) == TooLarge("new", need_gib(found), 0, ("a",))
+
+    def test_one_on_its_way_is_waited_for(self):
+        moving = resident("a", 6)
+        moving.state = EngineState.STOPPING
+        found = plan(scene(6, moving))
+        assert isinstance(found, Blocked)
+        assert (found.reason, found.engines) == (WaitReason.TRANSITION, ("a",))
+
+    def test_a_lease_keeps_it_for_whom_it_was_loaded(self):
+        leased = resident("a", 6)
+        leased.lease = 7
+        found = plan(scene(6, leased))
+        assert isinstance(found, Blocked)
+        assert (found.reason, found.engines) == (WaitReason.LEASE, ("a",))
+
+    def test_it_stays_for_its_minimum_residency_but_for_an_urgent_step(self):
+        fresh = resident("a", 6, ready_s=NOW_S - 4.0, load_s=100.0)
+        found = plan(scene(6, fresh))
+        assert isinstance(found, Blocked)
+        assert (found.reason, found.until_s) == (WaitReason.RESIDENCY, NOW_S + 6.0)
+        urgent = plan(scene(6, fresh), step(1, "new", Priority.URGENT))
+        assert isinstance(urgent, LoadPlan)
+        assert urgent.victims == ("a",)
+
+    def test_the_first_time_at_which_enough_may_go_is_told(self):
+        one = resident("a", 4, ready_s=NOW_S - 4.0, load_s=100.0)
+        two = resident("b", 4, ready_s=NOW_S - 7.0, load_s=100.0)
+        found = plan(scene(9, one, two))
+        assert isinstance(found, Blocked)
+        assert (set(found.engines), found.until_s) == ({"a", "b"}, NOW_S + 6.0)
+        small = plan(scene(3, one, two))
+        assert isinstance(small, Blocked)
+        assert (small.engines, small.until_s) == (("b",), NOW_S + 3.0)
+
+    def test_who_serves_somebody_sooner_stays_until_then(self):
+        queue = StepQueue()
+        queue.add(step(9, "a", Priority.URGENT))
+        found = plan(scene(6, resident("a", 6), queue=queue))
+        assert isinstance(found, Blocked)
+        assert (found.reason, found.engines) == (WaitReason.TURN, ("a",))
+
+    def test_idle_caches_go_before_engines_do(self):
+        cached = [resident(name, 5) for name in "ab"]
+        for each in cached:
+            each.cache_bytes = 2 * GIB
+        cached[0].last_used_s = 5.0
+        found = plan(scene(1, *cached))
+        assert found == LoadPlan("new", KEY, drop_caches=("b",))
+
+
+class TestPlanUnderWay:
+    @pytest.mark.parametrize(("new_gib", "enough"), [(3, False), (4, True), (6, True), (7, False)])
+    def test_it_goes_on_while_its_victims_are_needed_and_enough(self, new_gib: int, enough: bool):  # noqa: FBT001
+        found = scene(new_gib, resident("a", 3), resident("b", 4))
+        assert still_enough(found, LoadPlan("new", KEY, ("a",))) is enough
+
+    def test_a_place_counts_as_well_as_bytes(self):
+        rules = dataclasses.replace(RULES, max_resident_engines=2)
+        found = scene(1, resident("a", 1), resident("b", 1), rules=rules)
+        assert still_enough(found, LoadPlan("new", KEY, ("a",)))
+        assert not still_enough(found, LoadPlan("new", KEY, ("gone",)))
+
+    def test_it_is_given_up_for_a_pin_a_lease_or_a_sooner_turn(self):
+        under_way = LoadPlan("new", KEY, ("a",))
+        assert still_holds(scene(6, resident("a", 6)), under_way, KEY)
+        assert not still_holds(scene(6, resident("a", 6), pins={"a"}), under_way, KEY)
+        leased = resident("a", 6)
+        leased.lease = 7
+        assert still_holds(scene(6, leased), under_way, KEY) is False
+        queue = StepQueue()
+        queue.add(step(9, "a", Priority.URGENT))
+        assert not still_holds(scene(6, resident("a", 6), queue=queue), under_way, KEY)
+        assert still_holds(scene(6, resident("a", 6), queue=queue), under_way, queue.head("a")[0])  # type: ignore[index]
+
+    def test_who_has_gone_or_is_going_is_not_asked_but_the_next_one_is(self):
+        going = resident("a", 3)
+        going.state, going.lease = EngineState.STOPPING, 7
+        found = scene(6, going, resident("b", 3), pins={"b"})
+        assert still_holds(found, LoadPlan("new", KEY, ("gone", "a")), KEY)
+        assert not still_holds(found, LoadPlan("new", KEY, ("gone", "a", "b")), KEY)
