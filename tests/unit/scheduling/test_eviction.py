@@ -140,6 +140,22 @@ class TestPlan:
         )
         assert plan(short) == TooLarge("new", need, need - 1, ("a",))
 
+    def test_as_large_as_all_that_engines_may_have_is_not_too_large(self):
+        found = plan(scene(10, resident("a", 6)))
+        assert isinstance(found, LoadPlan)
+        assert found.victims == ("a",)
+        found = plan(scene(4, resident("a", 6), resident("b", 4), pins={"a"}))
+        assert isinstance(found, LoadPlan)
+        assert found.victims == ("b",)
+
+    def test_caches_of_engines_at_work_stay(self):
+        used = resident("a", 10)
+        used.cache_bytes = 2
+        used.running[7] = Running(step(7, "a"), (0.0, 0), 0.0)
+        found = plan(scene(1, used))
+        assert isinstance(found, LoadPlan)
+        assert (found.victims, found.drop_caches) == (("a",), ())
+
     def test_when_every_place_is_pinned_nothing_is_left_for_it(self):
         rules = dataclasses.replace(RULES, max_resident_engines=1)
         found = scene(1, resident("a", 1), rules=rules, pins={"a"})
