@@ -81,6 +81,7 @@ def test_a_kill_while_removing_leaves_the_file_or_nothing(tmp_path: Path):
 
 def test_removing_what_is_not_there_is_no_error(tmp_path: Path):
     durable.remove(tmp_path / "nothing")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_is_on_disk_before_it_takes_the_place_of_the_old_and_the_change_is_too(
