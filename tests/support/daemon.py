@@ -10,7 +10,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ENGINE = "smollm2-135m-instruct"
 BASE_CONFIG = f"runs: {{default_engine: {ENGINE}}}\nworker: {{threads: 1}}\n"
@@ -54,20 +54,21 @@ class DaemonProcess:
         process = subprocess.Popen(
             self.command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=self._environ
         )
+        assert process.stderr is not None
         self._ended = False
-        threading.Thread(target=self._read, args=(process,), daemon=True).start()
+        threading.Thread(target=self._read, args=(process.stderr,), daemon=True).start()
         return process
 
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stderr is not None
-        for raw in process.stderr:
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                line = {"event": "raw", "text": raw.decode(errors="replace")}
-            with self._arrived:
-                self._lines.append(line)
-                self._arrived.notify_all()
+    def _read(self, log: IO[bytes]) -> None:
+        with log:  # closed here alone: nobody closes what another thread is reading
+            for raw in log:
+                try:
+                    line = json.loads(raw)
+                except ValueError:
+                    line = {"event": "raw", "text": raw.decode(errors="replace")}
+                with self._arrived:
+                    self._lines.append(line)
+                    self._arrived.notify_all()
         with self._arrived:
             self._ended = True
             self._arrived.notify_all()
@@ -104,9 +105,7 @@ class DaemonProcess:
 
     def restart(self) -> None:
         """Start again on the same directories after the process has ended."""
-        if self.process.stderr is not None:
-            self.wait_for_output()
-            self.process.stderr.close()
+        self.wait_for_output()
         with self._arrived:
             self._lines = []
         self.process = self._start()
@@ -141,5 +140,4 @@ def running_daemon(
             if daemon.process.poll() is None:
                 daemon.process.kill()
             daemon.process.wait()
-            if daemon.process.stderr is not None:
-                daemon.process.stderr.close()
+            daemon.wait_for_output()
