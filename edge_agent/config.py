@@ -135,6 +135,8 @@ class Runs(Section):
     cancel_confirm_s: Duration = Field(default=5.0, alias="cancel_confirm")
     max_steps: int = Field(default=8, ge=1, le=100)
     max_tool_calls: int = Field(default=16, ge=1, le=1000)
+    max_same_calls: int = Field(default=3, ge=1, le=1000)
+    durable: bool = False
     max_active: int = Field(default=256, ge=1, le=10_000)
     retention_s: Duration = Field(default=900.0, alias="retention")
     max_retained: int = Field(default=1000, ge=1, le=100_000)

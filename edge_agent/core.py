@@ -94,9 +94,31 @@ class ToolExample:
     result: str = ""
 
 
+class SideEffect(enum.StrEnum):
+    """What a call of a tool leaves behind.
+
+    NONE: nothing, so that it may be called again at will. IDEMPOTENT: once is as good as twice.
+    NON_IDEMPOTENT: never twice; the default of whoever says nothing.
+    """
+
+    NONE = "NONE"
+    IDEMPOTENT = "IDEMPOTENT"
+    NON_IDEMPOTENT = "NON_IDEMPOTENT"
+
+
+class Executor(enum.StrEnum):
+    """Who executes a tool's calls: the caller, or the daemon from its allow-list."""
+
+    CALLER = "CALLER"
+    DAEMON = "DAEMON"
+
+
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """Something that the caller can do for the model."""
+    """Something that can be done for the model.
+
+    Calls of a tool with `needs_approval` wait until somebody has approved them.
+    """
 
     name: str
     description: str
@@ -104,6 +126,9 @@ class Tool:
     examples: tuple[ToolExample, ...] = ()
     timeout_s: float | None = None
     valid_for_s: float | None = None
+    side_effect: SideEffect = SideEffect.NON_IDEMPOTENT
+    executor: Executor = Executor.CALLER
+    needs_approval: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +142,18 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of a run; `max_output_tokens` is per step, None means the engine's maximum."""
+    """Bounds of a run.
+
+    `max_output_tokens` is per step, None means the engine's maximum; `max_tokens` is over all
+    steps, read and written, None means no bound. A call of the same tool with the same arguments
+    may come `max_same_calls` times.
+    """
 
     max_steps: int
     max_tool_calls: int
     max_output_tokens: int | None = None
+    max_tokens: int | None = None
+    max_same_calls: int = 3
 
 
 class Priority(enum.StrEnum):
@@ -154,16 +186,22 @@ class RunSpec:
     sampling: Sampling = field(default_factory=Sampling)
     agent: str = ""
     priority: Priority = Priority.NORMAL
+    durable: bool = False
 
 
 class RunState(enum.StrEnum):
-    """Where a run is. UNSPECIFIED is what a client reads for a state that it does not know."""
+    """Where a run is. UNSPECIFIED is what a client reads for a state that it does not know.
+
+    SUSPENDED: something interrupted it; it goes on when somebody resumes it.
+    """
 
     UNSPECIFIED = "UNSPECIFIED"
     QUEUED = "QUEUED"
     LOADING = "LOADING"
     RUNNING = "RUNNING"
     WAITING_TOOL = "WAITING_TOOL"
+    WAITING_APPROVAL = "WAITING_APPROVAL"
+    SUSPENDED = "SUSPENDED"
     CANCELLING = "CANCELLING"
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"
@@ -385,6 +423,9 @@ class Run:
     """A run as it stands. `sequence` is the last event that this value includes.
 
     `created_at_s` and `ended_at_s` are Unix times, for people; waiting uses the monotonic clock.
+    `open_tool_calls` wait for the caller's results, `daemon_tool_calls` for the daemon's own, and
+    `unapproved_tool_calls` for somebody's approval. `error` says why it is SUSPENDED, or why it
+    ended otherwise than by an answer. `result_number` orders what `WaitResults` delivers.
     """
 
     id: str
@@ -405,6 +446,10 @@ class Run:
     usage: Usage = field(default_factory=Usage)
     telemetry: RunTelemetry | None = None
     priority: Priority = Priority.NORMAL
+    durable: bool = False
+    daemon_tool_calls: tuple[ToolCall, ...] = ()
+    unapproved_tool_calls: tuple[ToolCall, ...] = ()
+    result_number: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,10 +461,11 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class StateChanged:
-    """The run is in another state, or its engine's load went on."""
+    """The run is in another state, or its engine's load went on. `cause` of SUSPENDED only."""
 
     state: RunState
     load_progress: float | None = None
+    cause: RunError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,6 +483,39 @@ class ToolCallsIssued:
 
     step: int
     tool_calls: tuple[ToolCall, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ApprovalRequested:
+    """These calls wait for somebody's approval; nobody executes them yet."""
+
+    step: int
+    tool_calls: tuple[ToolCall, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ApprovalDecided:
+    """Somebody has approved or denied a call."""
+
+    tool_call_id: str
+    approved: bool
+    client: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonToolStarted:
+    """The daemon executes this call itself; its result comes as `ToolResultAccepted`."""
+
+    step: int
+    tool_call: ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class MessagesAdded:
+    """What whoever resumed the run had to say first."""
+
+    messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,6 +556,10 @@ EventBody = (
     | StateChanged
     | TextDelta
     | ToolCallsIssued
+    | ApprovalRequested
+    | ApprovalDecided
+    | DaemonToolStarted
+    | MessagesAdded
     | ToolResultAccepted
     | StepFinished
     | CancelTool

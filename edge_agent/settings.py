@@ -117,6 +117,8 @@ def request_limits(config: Config, default_engine: Callable[[], str | None]) -> 
         max_timeout_s=runs.max_timeout_s,
         max_steps=runs.max_steps,
         max_tool_calls=runs.max_tool_calls,
+        max_same_calls=runs.max_same_calls,
+        durable=runs.durable,
         max_request_bytes=runs.max_request_bytes,
         max_tools=runs.max_tools,
         max_tool_result_bytes=runs.max_tool_result_bytes,

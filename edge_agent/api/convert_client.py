@@ -49,12 +49,15 @@ class RunOptions(TypedDict, total=False):
     max_steps: int
     max_output_tokens: int
     max_tool_calls: int
+    max_tokens: int
+    max_same_calls: int
     temperature: float
     top_p: float
     seed: int
     timeout_s: float
     agent: str
     priority: core.Priority
+    durable: bool
 
 
 def run_spec(
@@ -73,6 +76,8 @@ def run_spec(
             max_steps=options.get("max_steps"),
             max_output_tokens=options.get("max_output_tokens"),
             max_tool_calls=options.get("max_tool_calls"),
+            max_tokens=options.get("max_tokens"),
+            max_same_calls=options.get("max_same_calls"),
         ),
         sampling=types_pb2.Sampling(
             temperature=options.get("temperature"),
@@ -84,11 +89,14 @@ def run_spec(
         priority=convert_response.PRIORITIES[options["priority"]]
         if "priority" in options
         else run_service_pb2.PRIORITY_UNSPECIFIED,
+        durable=options.get("durable"),
     )
 
 
 def tool(value: core.Tool) -> types_pb2.Tool:
-    """Something that the caller can do for the model."""
+    """Something that can be done for the model; of a tool of the daemon's, its name alone."""
+    if value.executor is core.Executor.DAEMON:
+        return types_pb2.Tool(name=value.name, executor=types_pb2.EXECUTOR_DAEMON)
     return types_pb2.Tool(
         name=value.name,
         description=value.description,
@@ -101,6 +109,9 @@ def tool(value: core.Tool) -> types_pb2.Tool:
         ],
         timeout=convert_response.duration(value.timeout_s),
         valid_for=convert_response.duration(value.valid_for_s),
+        side_effect=convert_response.SIDE_EFFECTS[value.side_effect],
+        executor=types_pb2.EXECUTOR_CALLER,
+        needs_approval=value.needs_approval,
     )
 
 
@@ -129,13 +140,16 @@ def run(value: run_service_pb2.Run) -> core.Run:
         ended_at_s=seconds(value.ended_at) if value.HasField("ended_at") else None,
         steps=value.steps,
         transcript=tuple(_message(turn) for turn in value.transcript),
-        open_tool_calls=tuple(_tool_call(call) for call in value.open_tool_calls),
+        open_tool_calls=tuple(map(_tool_call, value.open_tool_calls)),
+        daemon_tool_calls=tuple(map(_tool_call, value.daemon_tool_calls)),
+        unapproved_tool_calls=tuple(map(_tool_call, value.unapproved_tool_calls)),
         partial_text=value.partial_text,
         answer=value.answer if value.HasField("answer") else None,
         error=run_error(value.error) if value.HasField("error") else None,
         usage=_usage(value.usage),
         telemetry=run_telemetry(value.telemetry) if value.HasField("telemetry") else None,
         priority=priority(value.priority),
+        durable=value.durable,
     )
 
 
@@ -207,7 +221,9 @@ def run_error(value: types_pb2.RunError) -> core.RunError:
     return core.RunError(value.reason, value.message, value.retryable, dict(value.metadata))
 
 
-def _body(value: run_service_pb2.RunEvent) -> core.EventBody | None:  # noqa: PLR0911 - one a kind
+def _body(  # noqa: C901, PLR0911, PLR0912 - one a kind
+    value: run_service_pb2.RunEvent,
+) -> core.EventBody | None:
     match value.WhichOneof("kind"):
         case "text_delta":
             delta = value.text_delta
@@ -217,10 +233,24 @@ def _body(value: run_service_pb2.RunEvent) -> core.EventBody | None:  # noqa: PL
         case "state_changed":
             change = value.state_changed
             progress = change.load_progress if change.HasField("load_progress") else None
-            return core.StateChanged(_run_state(change.state), progress)
+            cause = run_error(change.cause) if change.HasField("cause") else None
+            return core.StateChanged(_run_state(change.state), progress, cause)
         case "tool_calls_issued":
             issued = value.tool_calls_issued
             return core.ToolCallsIssued(issued.step, tuple(map(_tool_call, issued.tool_calls)))
+        case "approval_requested":
+            asked = value.approval_requested
+            return core.ApprovalRequested(asked.step, tuple(map(_tool_call, asked.tool_calls)))
+        case "approval_decided":
+            decided = value.approval_decided
+            return core.ApprovalDecided(
+                decided.tool_call_id, decided.approved, decided.client, decided.reason
+            )
+        case "daemon_tool_started":
+            started = value.daemon_tool_started
+            return core.DaemonToolStarted(started.step, _tool_call(started.tool_call))
+        case "messages_added":
+            return core.MessagesAdded(tuple(map(_message, value.messages_added.messages)))
         case "tool_result_accepted":
             return core.ToolResultAccepted(_tool_result(value.tool_result_accepted.result))
         case "step_finished":

@@ -17,6 +17,7 @@ from edge_agent.api.convert_conversation import (
 from edge_agent.api.ports import RequestLimits
 from edge_agent.api.validation import MAX_NAME_BYTES, Violations, shown
 from edge_agent.core import (
+    Executor,
     HaltScope,
     Limits,
     Part,
@@ -24,6 +25,7 @@ from edge_agent.core import (
     RunSpec,
     RunState,
     Sampling,
+    SideEffect,
     Tool,
     ToolExample,
     ToolResult,
@@ -45,6 +47,9 @@ _SCOPES = {
 _PRIORITIES = {
     value: Priority[name[9:]] for name, value in run_service_pb2.Priority.items() if value
 } | {run_service_pb2.PRIORITY_UNSPECIFIED: Priority.NORMAL}
+_SIDE_EFFECTS = {
+    value: SideEffect[name[12:]] for name, value in types_pb2.SideEffect.items() if value
+} | {types_pb2.SIDE_EFFECT_UNSPECIFIED: SideEffect.NON_IDEMPOTENT}
 
 
 def run_request(
@@ -192,6 +197,7 @@ def _spec(
         sampling=_sampling(spec.sampling, found, f"{path}.sampling"),
         agent=spec.agent,
         priority=priority or Priority.NORMAL,
+        durable=spec.durable if spec.HasField("durable") else limits.durable,
     )
 
 
@@ -215,7 +221,15 @@ def _limits(asked: types_pb2.Limits, limits: RequestLimits, found: Violations, p
     if asked.HasField("max_output_tokens"):
         found.number(f"{path}.max_output_tokens", asked.max_output_tokens, 1, _MAX_UINT32)
         tokens = asked.max_output_tokens
-    return Limits(max_steps=steps, max_tool_calls=calls, max_output_tokens=tokens)
+    same = limits.max_same_calls
+    if asked.HasField("max_same_calls"):
+        found.number(f"{path}.max_same_calls", asked.max_same_calls, 1, limits.max_same_calls)
+        same = asked.max_same_calls
+    total = None
+    if asked.HasField("max_tokens"):
+        found.number(f"{path}.max_tokens", asked.max_tokens, 1, _MAX_UINT32)
+        total = asked.max_tokens
+    return Limits(steps, calls, tokens, max_tokens=total, max_same_calls=same)
 
 
 def _sampling(asked: types_pb2.Sampling, found: Violations, path: str) -> Sampling:
@@ -244,11 +258,31 @@ def _tools(
         if tool.name in first_at:
             found.add(at, f"{shown(tool.name)} is already {path}[{first_at[tool.name]}]")
         first_at.setdefault(tool.name, index)
-    return tuple(_tool(tool, found, f"{path}[{index}]") for index, tool in enumerate(tools))
+    return tuple(
+        _daemon_tool(tool, limits, found, f"{path}[{index}]")
+        if tool.executor == types_pb2.EXECUTOR_DAEMON
+        else _tool(tool, found, f"{path}[{index}]")
+        for index, tool in enumerate(tools)
+    )
+
+
+def _daemon_tool(tool: types_pb2.Tool, limits: RequestLimits, found: Violations, path: str) -> Tool:
+    """A tool of the allow-list, named and nothing else."""
+    for field, _ in tool.ListFields():
+        if field.name not in ("name", "executor"):
+            found.add(f"{path}.{field.name}", "is set, but the daemon has its own for this tool")
+    allowed = limits.daemon_tools.get(tool.name)
+    if allowed is None:
+        known = ", ".join(sorted(limits.daemon_tools)) or "it has none"
+        found.add(f"{path}.name", f"{shown(tool.name)} is no tool of the daemon's: {known}")
+    return allowed or Tool(tool.name, "", NO_ARGUMENTS, executor=Executor.DAEMON)
 
 
 def _tool(tool: types_pb2.Tool, found: Violations, path: str) -> Tool:
     found.text(f"{path}.description", tool.description)
+    if tool.executor not in types_pb2.Executor.values():
+        known = ", ".join(Executor)
+        found.add(f"{path}.executor", f"{tool.executor} is no executor, one of {known} expected")
     if tool.input_schema_json:
         at = f"{path}.input_schema_json"
         schema = _schema(tool.input_schema_json, found, at)
@@ -266,6 +300,12 @@ def _tool(tool: types_pb2.Tool, found: Violations, path: str) -> Tool:
         timeout_s = found.duration_s(f"{path}.timeout", tool.timeout)
     if tool.HasField("valid_for"):
         valid_for_s = found.duration_s(f"{path}.valid_for", tool.valid_for)
+    side_effect = _SIDE_EFFECTS.get(tool.side_effect)
+    if side_effect is None:
+        known = ", ".join(SideEffect)
+        found.add(
+            f"{path}.side_effect", f"{tool.side_effect} is no side effect, one of {known} expected"
+        )
     return Tool(
         name=tool.name,
         description=tool.description,
@@ -273,6 +313,8 @@ def _tool(tool: types_pb2.Tool, found: Violations, path: str) -> Tool:
         examples=tuple(ToolExample(e.goal, e.arguments_json, e.result) for e in examples),
         timeout_s=timeout_s,
         valid_for_s=valid_for_s,
+        side_effect=side_effect or SideEffect.NON_IDEMPOTENT,
+        needs_approval=tool.needs_approval,
     )
 
 

@@ -28,6 +28,12 @@ _SCOPES = {
 PRIORITIES = {
     priority: run_service_pb2.Priority.Value(f"PRIORITY_{priority}") for priority in core.Priority
 }
+SIDE_EFFECTS = {
+    effect: types_pb2.SideEffect.Value(f"SIDE_EFFECT_{effect}") for effect in core.SideEffect
+}
+EXECUTORS = {
+    executor: types_pb2.Executor.Value(f"EXECUTOR_{executor}") for executor in core.Executor
+}
 _DAEMON_STATES = {
     state: system_service_pb2.DaemonState.Value(f"DAEMON_STATE_{state}") for state in DaemonState
 }
@@ -108,6 +114,10 @@ def fill_run(target: run_service_pb2.Run, value: core.Run, *, with_transcript: b
             _fill_message(target.transcript.add(), turn)
     if value.open_tool_calls:
         target.open_tool_calls.extend(map(tool_call, value.open_tool_calls))
+    if value.daemon_tool_calls:
+        target.daemon_tool_calls.extend(map(tool_call, value.daemon_tool_calls))
+    if value.unapproved_tool_calls:
+        target.unapproved_tool_calls.extend(map(tool_call, value.unapproved_tool_calls))
     target.partial_text = value.partial_text
     if value.answer is not None:
         target.answer = value.answer
@@ -118,9 +128,12 @@ def fill_run(target: run_service_pb2.Run, value: core.Run, *, with_transcript: b
     if value.telemetry is not None:
         fill_run_telemetry(target.telemetry, value.telemetry)
     target.priority = PRIORITIES[value.priority]
+    target.durable = value.durable
 
 
-def fill_event(target: run_service_pb2.RunEvent, event: core.Event) -> None:
+def fill_event(  # noqa: C901, PLR0912 - one a kind
+    target: run_service_pb2.RunEvent, event: core.Event
+) -> None:
     """Write an event into `target`: in place, since this runs for every token."""
     target.run_id = event.run_id
     target.sequence = event.sequence
@@ -128,13 +141,26 @@ def fill_event(target: run_service_pb2.RunEvent, event: core.Event) -> None:
         case core.TextDelta(step=step, text=text, tokens=tokens):
             delta = target.text_delta
             delta.step, delta.text, delta.tokens = step, text, tokens
-        case core.StateChanged(state=state, load_progress=progress):
+        case core.StateChanged(state=state, load_progress=progress, cause=cause):
             target.state_changed.state = _STATES[state]
             if progress is not None:
                 target.state_changed.load_progress = progress
+            if cause is not None:
+                _fill_error(target.state_changed.cause, cause)
         case core.ToolCallsIssued(step=step, tool_calls=calls):
             target.tool_calls_issued.step = step
             target.tool_calls_issued.tool_calls.extend(tool_call(call) for call in calls)
+        case core.ApprovalRequested(step=step, tool_calls=calls):
+            target.approval_requested.step = step
+            target.approval_requested.tool_calls.extend(tool_call(call) for call in calls)
+        case core.ApprovalDecided() as decided:
+            target.approval_decided.CopyFrom(_approval_decided(decided))
+        case core.DaemonToolStarted(step=step, tool_call=call):
+            target.daemon_tool_started.step = step
+            target.daemon_tool_started.tool_call.CopyFrom(tool_call(call))
+        case core.MessagesAdded(messages=messages):
+            for turn in messages:
+                _fill_message(target.messages_added.messages.add(), turn)
         case core.ToolResultAccepted(result=result):
             target.tool_result_accepted.result.CopyFrom(tool_result(result))
         case core.StepFinished() as finished:
@@ -236,6 +262,15 @@ def _fill_part(target: types_pb2.Part, value: core.Part) -> types_pb2.Part:
     blob = target.image if value.kind is core.PartKind.IMAGE else target.audio
     blob.media_type, blob.data = value.media_type, value.data
     return target
+
+
+def _approval_decided(value: core.ApprovalDecided) -> run_service_pb2.ApprovalDecided:
+    return run_service_pb2.ApprovalDecided(
+        tool_call_id=value.tool_call_id,
+        approved=value.approved,
+        client=value.client,
+        reason=value.reason,
+    )
 
 
 def _step_finished(value: core.StepFinished) -> run_service_pb2.StepFinished:

@@ -5,8 +5,8 @@ in-memory implementations that the API's tests bring along. Everything speaks `c
 raises `errors`, never gRPC's.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from edge_agent.core import (
@@ -19,6 +19,7 @@ from edge_agent.core import (
     RunError,
     RunSpec,
     RunState,
+    Tool,
     ToolResult,
 )
 from edge_agent.status import DaemonStatus, StepWait
@@ -31,7 +32,7 @@ class RequestLimits:
 
     `max_steps` and `max_tool_calls` are both the default and the most that a run may have;
     `timeout_s` is the default and `max_timeout_s` the most. `default_engine` is asked only when a
-    request names none.
+    request names none. `daemon_tools` are those of the allow-list, by name.
     """
 
     default_engine: Callable[[], str | None]
@@ -39,10 +40,13 @@ class RequestLimits:
     max_timeout_s: float
     max_steps: int
     max_tool_calls: int
+    max_same_calls: int
+    durable: bool
     max_request_bytes: int
     max_tools: int
     max_tool_result_bytes: int
     slow_reader_s: float
+    daemon_tools: Mapping[str, Tool] = field(default_factory=dict)
 
 
 class RunsPort(Protocol):

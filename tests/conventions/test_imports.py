@@ -40,6 +40,7 @@ LAYERS = {
     "": Layer.CORE,  # edge_agent itself: the version
     "core": Layer.CORE,
     "errors": Layer.CORE,
+    "records": Layer.CORE,
     "status": Layer.CORE,
     "v1": Layer.CORE,
     "config": Layer.PURE,

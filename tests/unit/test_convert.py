@@ -43,6 +43,8 @@ LIMITS = RequestLimits(
     max_timeout_s=3600.0,
     max_steps=8,
     max_tool_calls=16,
+    max_same_calls=3,
+    durable=False,
     max_request_bytes=100_000,
     max_tools=4,
     max_tool_result_bytes=100,
@@ -420,8 +422,8 @@ def test_what_is_looked_at_one_by_one_is_counted_first():
     }
     with pytest.raises(InvalidRequest, match="results: 4098 results and parts in all"):
         results(t.ToolResult(tool_call_id="a", parts=[t.Part(text="")] * 4097))
-    with pytest.raises(InvalidRequest, match="states: 11 states, at most 10"):
-        convert_request.page(pb.ListRunsRequest(states=[pb.RUN_STATE_QUEUED] * 11))
+    with pytest.raises(InvalidRequest, match="states: 13 states, at most 12"):
+        convert_request.page(pb.ListRunsRequest(states=[pb.RUN_STATE_QUEUED] * 13))
 
 
 def test_the_json_of_a_request_is_bounded_as_a_whole():
