@@ -386,6 +386,7 @@ class EngineInfo:
     measurements: tuple[MeasuredLoad, ...] = ()
     estimated_load_peak_bytes: int = 0
     estimated_steady_bytes: int = 0
+    template_hash: str = ""
 
 
 class HaltScope(enum.StrEnum):

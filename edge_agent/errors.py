@@ -8,6 +8,7 @@
     ├── FailedPrecondition        FAILED_PRECONDITION
     ├── PermissionDenied          PERMISSION_DENIED
     ├── Halted                    FAILED_PRECONDITION
+    ├── OutcomeUnknown            ABORTED
     ├── Overloaded                RESOURCE_EXHAUSTED  retryable, says when
     ├── Unavailable               UNAVAILABLE         retryable
     ├── DeadlineExceeded          DEADLINE_EXCEEDED
@@ -127,6 +128,13 @@ class Halted(EdgeAgentError):
 
     code = "FAILED_PRECONDITION"
     default_reason = "HALTED"
+
+
+class OutcomeUnknown(EdgeAgentError):
+    """Something may have acted, and nobody knows whether it did."""
+
+    code = "ABORTED"
+    default_reason = "OUTCOME_UNKNOWN"
 
 
 class Overloaded(EdgeAgentError):

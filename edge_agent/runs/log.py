@@ -5,9 +5,10 @@ that it has not seen of a span as one delta, numbered as its last, from wherever
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from edge_agent.core import Event, EventBody, TextDelta
+from edge_agent.records import LoggedText
 
 
 class TextSpan:
@@ -50,15 +51,32 @@ class TextSpan:
             text = self.text()[self._ends[known - 1] if known else 0 :]
         return TextDelta(self.step, text, sum(self._tokens[known:]))
 
+    def logged(self) -> LoggedText:
+        """The same, to be written down."""
+        return LoggedText(
+            self.step, self.first, self.text(), tuple(self._ends), tuple(self._tokens)
+        )
+
+    @classmethod
+    def read(cls, logged: LoggedText) -> "TextSpan":
+        """As it was written down."""
+        span = cls(logged.step, logged.first)
+        span._text = logged.text
+        span._ends = array("I", logged.ends)
+        span._tokens = array("I", logged.tokens)
+        return span
+
 
 class EventLog:
     """Events in order, numbered from 1."""
 
-    def __init__(self, run_id: str) -> None:
-        """Empty."""
+    def __init__(self, run_id: str, earlier: Iterable[Event | LoggedText] = ()) -> None:
+        """Go on after what was written down."""
         self._run_id = run_id
-        self._items: list[Event | TextSpan] = []
-        self.sequence = 0
+        self._items: list[Event | TextSpan] = [
+            TextSpan.read(item) if isinstance(item, LoggedText) else item for item in earlier
+        ]
+        self.sequence = _last(self._items[-1]) if self._items else 0
 
     def add(self, body: EventBody) -> None:
         """Number an event that is not text."""
@@ -74,21 +92,34 @@ class EventLog:
             self._items.append(span)
         span.add(text, tokens)
 
-    def open_text(self) -> str:
-        """The text that is being written: of the span at the end, if there is one."""
-        span = self._items[-1] if self._items else None
-        return span.text() if isinstance(span, TextSpan) else ""
+    def text_at(self, sequence: int) -> str:
+        """The text that was being written then: of the span that ended there, if one did."""
+        for item in reversed(self._items):
+            if _last(item) <= sequence:
+                return item.text() if isinstance(item, TextSpan) else ""
+        return ""
 
-    def since(self, after: int) -> Iterator[Event]:
-        """Everything numbered above `after`, text merged."""
-        start = len(self._items)
-        while start and _last(self._items[start - 1]) > after:
-            start -= 1
-        for item in self._items[start:]:
+    def written(self, after: int) -> tuple[Event | LoggedText, ...]:
+        """Everything numbered above `after`, to be written down."""
+        return tuple(
+            item.logged() if isinstance(item, TextSpan) else item for item in self._above(after)
+        )
+
+    def since(self, after: int, upto: int | None = None) -> Iterator[Event]:
+        """Everything numbered above `after`, and at most `upto`, text merged."""
+        for item in self._above(after):
+            if upto is not None and _last(item) > upto:
+                return
             if isinstance(item, TextSpan):
                 yield Event(self._run_id, item.last, item.since(after))
             else:
                 yield item
+
+    def _above(self, after: int) -> list[Event | TextSpan]:
+        start = len(self._items)
+        while start and _last(self._items[start - 1]) > after:
+            start -= 1
+        return self._items[start:]
 
 
 def _last(item: Event | TextSpan) -> int:

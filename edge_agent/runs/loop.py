@@ -1,45 +1,41 @@
-"""The agent loop of one run: steps, tool calls, limits, and its end.
+"""The agent loop of one run: steps, limits, suspension, and its end.
 
-Decides nothing about memory or order: `Steps` (the scheduler) does. Ends in exactly one
-`RunFinished`, whatever happens.
+Decides nothing about memory or order: `Steps` (the scheduler) does; `calls` executes what a step
+decides. Ends in exactly one `RunFinished`, whatever happens.
 """
 
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
 
 from edge_agent.core import (
-    CancelTool,
+    EngineInfo,
     Message,
+    MessagesAdded,
     Role,
     RunError,
     RunState,
     RunTelemetry,
+    StateChanged,
     StepFinished,
     StepOrigin,
     StepRequest,
     StepResult,
     TextPart,
     ToolCall,
-    ToolCallsIssued,
     ToolResult,
-    ToolResultAccepted,
 )
-from edge_agent.errors import (
-    DeadlineExceeded,
-    EdgeAgentError,
-    FailedPrecondition,
-    Halted,
-    InvalidRequest,
-    NotFound,
-    StepFailed,
-)
+from edge_agent.errors import EdgeAgentError, OutcomeUnknown, StepFailed
+from edge_agent.runs import history, limits
+from edge_agent.runs.calls import DaemonTools, ToolCalls
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.live import LiveRun
+from edge_agent.runs.recording import Machine, NoRecords, Records, StepRecorder
 from edge_agent.runs.settings import RunSettings
 
 log = structlog.get_logger()
@@ -72,99 +68,102 @@ class Recording(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every run of a daemon has around it. None: nobody does that."""
+
+    steps: Steps
+    latch: HaltLatch
+    daemon_tools: DaemonTools | None = None
+    records: Records = field(default_factory=NoRecords)
+    machine: Machine | None = None
+
+
 class RunLoop:
     """Drives one run. All methods on the daemon's loop."""
 
     def __init__(
         self,
         live: LiveRun,
-        steps: Steps,
-        latch: HaltLatch,
+        around: Surroundings,
         settings: RunSettings,
+        engine: EngineInfo | None,
         recording: Recording | None = None,
     ) -> None:
-        """Ready to `start`. `recording` None: nobody watches the machine."""
+        """Ready to `start`. `engine` None: it is not there, which a step will say.
+
+        `recording` None: nobody watches the machine.
+        """
         self.live = live
-        self._steps = steps
-        self._latch = latch
-        self._settings = settings
+        self.attempt = 1
+        self._around = around
         self._recording = recording
-        self._tools = {tool.name: tool for tool in live.spec.tools}
-        self._open: dict[str, asyncio.Future[ToolResult]] = {}
-        self._calls_issued = 0
-        self._observed_s = time.monotonic()
+        self._recorder = StepRecorder(live.id, live.spec, engine, around.machine, settings.bodies)
+        self._calls = ToolCalls(
+            live, around.latch, settings, around.daemon_tools, around.records, self._recorder
+        )
+        self._settings = settings
         self._deadline_s: float | None = None
         self._ending: tuple[RunState, RunError] | None = None
         self._task: asyncio.Task[None] | None = None
         self._driving = False
+        live.on_lost = self._not_written
 
     def start(self) -> "asyncio.Task[None]":
-        """Begin; the task ends right after the run."""
+        """Begin, or go on; the task ends right after the run, or when it is suspended."""
         self._task = asyncio.create_task(self._drive(), name=f"run-{self.live.id}")
         return self._task
 
     def stop(self, state: RunState, error: RunError) -> None:
-        """End the run with this state and error. Takes effect at once; the first one counts.
+        """End the run with this state and error, or suspend it. At once; the first one counts.
 
         Open tool calls get CancelTool now, and a while to confirm.
         """
-        if self._ending is not None or self.live.state.ended or self._task is None:
+        if self._ending is not None or self.live.state.ended:
             return
         self._ending = (state, error)
         self._cancel_open_tools(error)
-        if self._driving:  # a task that is cancelled before it runs would never end the run
+        if self._driving and self._task is not None:
+            # A task that is cancelled before it runs would never end the run.
             self._task.cancel()
+
+    def park(self, cause: RunError) -> None:
+        """Suspend the run as it is: open calls stay open, for a result that comes later."""
+        if self._ending is None and not self.live.state.ended:
+            self._calls.let_go()
+            self._ending = (RunState.SUSPENDED, cause)
+            if self._driving and self._task is not None:
+                self._task.cancel()
+
+    def say(self, messages: tuple[Message, ...]) -> None:
+        """What is to be said before a suspended run goes on."""
+        if messages:
+            self.live.emit(MessagesAdded(messages))
+        self.live.move_to(RunState.QUEUED)
+        self._calls.observed_s = time.monotonic()
 
     def has_open_call(self, tool: str) -> bool:
         """Whether a call of this tool waits for its result."""
-        return any(call.name == tool for call in self.live.run.open_tool_calls)
+        return self._calls.has_open(tool)
 
     def submit(self, results: Sequence[ToolResult]) -> None:
-        """Take results of open tool calls: all of them, or none.
+        """Take results of open tool calls; see `ToolCalls.submit`."""
+        self._calls.submit(results)
 
-        Raises:
-            NotFound: reason TOOL_CALL_NOT_FOUND, the run never made such a call.
-            FailedPrecondition: reason TOOL_CALL_CLOSED or RUN_ENDED.
-            InvalidRequest: the same call twice.
-        """
-        seen: set[str] = set()
-        for index, result in enumerate(results):
-            self._check_result(f"results[{index}].tool_call_id", result.tool_call_id, seen)
-        for result in results:
-            self._observed_s = time.monotonic()
-            self._open.pop(result.tool_call_id).set_result(result)
-            still_open = tuple(
-                call for call in self.live.run.open_tool_calls if call.id != result.tool_call_id
-            )
-            self.live.emit(ToolResultAccepted(result), open_tool_calls=still_open)
-
-    def _check_result(self, field: str, call_id: str, seen: set[str]) -> None:
-        metadata = {"run_id": self.live.id, "tool_call_id": call_id}
-        if call_id in seen:
-            raise InvalidRequest.field(field, f"{call_id!r} twice in one request")
-        seen.add(call_id)
-        if self.live.state.ended:
-            message = f"run {self.live.id} has ended: {self.live.state}"
-            raise FailedPrecondition(message, reason="RUN_ENDED", metadata=metadata)
-        if call_id in self._open:
-            return
-        if call_id in {f"call-{n}" for n in range(1, self._calls_issued + 1)}:
-            message = f"{field}: {call_id!r} has its result already"
-            raise FailedPrecondition(message, reason="TOOL_CALL_CLOSED", metadata=metadata)
-        message = f"{field}: run {self.live.id} made no call {call_id!r}"
-        raise NotFound(message, reason="TOOL_CALL_NOT_FOUND", metadata=metadata)
+    def decide(self, call_id: str, *, approved: bool, client: str, reason: str) -> None:
+        """Approve or deny a call; see `ToolCalls.decide`."""
+        self._calls.decide(call_id, approved=approved, client=client, reason=reason)
 
     # --- the loop ---
 
     async def _drive(self) -> None:
-        spec = self.live.spec
         stopped = self._ending
         if stopped is not None:  # before it began
             await self._end(*stopped)
             return
         self._driving = True
         try:
-            async with asyncio.timeout(spec.timeout_s) as limit:
+            async with asyncio.timeout(self.live.spec.timeout_s) as limit:
                 self._deadline_s = limit.when()
                 answer = await self._run_steps()
         except TimeoutError:
@@ -174,80 +173,101 @@ class RunLoop:
                 raise
             await self._end(*self._ending)
         except EdgeAgentError as error:
-            if error.reason == "DEADLINE_PASSED":  # the scheduler's clock was first to notice
-                await self._expire()
-            else:
-                await self._end(RunState.FAILED, error.as_run_error())
+            await self._fail(error)
         except Exception:  # an owner's loop: one run fails, the daemon goes on
             log.exception("run_crashed", run=self.live.id)
             message = "internal error; the log has the details"
             await self._end(RunState.FAILED, RunError("INTERNAL", message))
         else:
             self._finish(RunState.SUCCEEDED, answer=answer)
+        finally:
+            self._driving = False
+
+    async def _fail(self, error: EdgeAgentError) -> None:
+        if error.reason == "DEADLINE_PASSED":  # the scheduler's clock was first to notice
+            await self._expire()
+        elif isinstance(error, OutcomeUnknown):
+            await self._end(RunState.OUTCOME_UNKNOWN, error.as_run_error())
+        else:
+            await self._end(RunState.FAILED, error.as_run_error())
 
     async def _run_steps(self) -> str:
         """Steps until an answer; the limits make the last one answer."""
-        limits = self.live.spec.limits
-        for step in range(1, limits.max_steps + 1):
-            calls_left = limits.max_tool_calls - self._calls_issued
-            answer_only = step == limits.max_steps or calls_left <= 0
+        spec = self.live.spec
+        left = history.unanswered(self.live.run)
+        if left:  # of the step before it was suspended
+            await self._calls.execute(self.live.run.steps, left)
+        for step in range(self.live.run.steps + 1, spec.limits.max_steps + 1):
+            if error := limits.exceeded(self.live.run, spec):
+                raise StepFailed(error)
+            calls_left = spec.limits.max_tool_calls - len(history.calls_of(self.live.run))
+            answer_only = step == spec.limits.max_steps or calls_left <= 0
             result = await self._decide(step, answer_only=answer_only)
             # First, so that a step which the run can't follow counts as well.
             self.live.update(usage=self.live.run.usage.plus(result.usage))
-            calls = self._number(result.tool_calls, calls_left)
+            calls = self._number(result.tool_calls)
             self._step_finished(step, result, calls)
             if not calls:
                 return result.text
-            await self._execute(step, calls)
+            await self._calls.execute(step, calls)
         raise AssertionError("unreachable: the last step can only answer")
 
     async def _decide(self, step: int, *, answer_only: bool) -> StepResult:
-        spec = self.live.spec
+        spec, run, records = self.live.spec, self.live.run, self._around.records
         request = StepRequest(
-            messages=(*spec.messages, *self.live.run.transcript),
+            messages=(*spec.messages, *run.transcript),
             tools=spec.tools,
             output_schema_json=spec.output_schema_json,
             answer_only=answer_only,
             max_output_tokens=spec.limits.max_output_tokens,
             sampling=spec.sampling,
         )
-        return await self._steps.decide(
-            spec.engine,
-            request,
-            StepOrigin(self.live.run.client, spec.priority, self._deadline_s, self.live.id),
-            on_text=lambda text, tokens: self.live.add_text(step, text, tokens),
-            on_state=self.live.move_to,
+        if run.durable:
+            records.step_started(run.id, step)
+        record = self._recorder.begin(step, run.steps or None, self.attempt)
+        try:
+            result = await self._around.steps.decide(
+                spec.engine,
+                request,
+                StepOrigin(run.client, spec.priority, self._deadline_s, run.id),
+                on_text=lambda text, tokens: self.live.add_text(step, text, tokens),
+                on_state=self.live.move_to,
+            )
+        except asyncio.CancelledError:
+            reason = self._ending[1].reason if self._ending else "CANCELLED"
+            records.step(self._recorder.failed(record, reason, ""))
+            raise
+        except EdgeAgentError as error:
+            records.step(self._recorder.failed(record, error.reason, error.message))
+            raise
+        message = _message(result, result.tool_calls)
+        records.step(self._recorder.decided(record, result, message))
+        self.attempt = 1
+        return result
+
+    def _number(self, decided: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
+        """Give the decided calls their ids and how long they hold."""
+        if error := limits.too_many_calls(self.live.run, self.live.spec, decided):
+            raise StepFailed(error)
+        made = len(history.calls_of(self.live.run))
+        age_s = time.monotonic() - self._calls.observed_s
+        return tuple(
+            dataclasses.replace(
+                call,
+                id=f"call-{number}",
+                valid_for_s=self._calls.tool(call.name).valid_for_s
+                or self._settings.tool_call_valid_for_s,
+                observed_ago_s=age_s,
+            )
+            for number, call in enumerate(decided, made + 1)
         )
 
-    def _number(self, calls: Iterable[ToolCall], calls_left: int) -> tuple[ToolCall, ...]:
-        """Give the decided calls their ids and how long they hold."""
-        numbered = []
-        for call in calls:
-            tool = self._tools[call.name]
-            self._calls_issued += 1
-            valid_for_s = tool.valid_for_s or self._settings.tool_call_valid_for_s
-            age_s = time.monotonic() - self._observed_s
-            numbered.append(
-                dataclasses.replace(
-                    call,
-                    id=f"call-{self._calls_issued}",
-                    valid_for_s=valid_for_s,
-                    observed_ago_s=age_s,
-                )
-            )
-        if len(numbered) > max(0, calls_left):
-            message = f"{len(numbered)} tool calls in one step, {calls_left} left in this run"
-            raise StepFailed(RunError("TOOL_CALL_LIMIT", message))
-        return tuple(numbered)
-
     def _step_finished(self, step: int, result: StepResult, calls: tuple[ToolCall, ...]) -> None:
-        parts = () if calls else (TextPart(result.text),)
-        message = Message(Role.ASSISTANT, parts, calls)
         run, usage = self.live.run, result.usage
         self.live.emit(
-            StepFinished(step, message, usage, result.finish_reason, result.tool_margin),
-            steps=step,
-            transcript=(*run.transcript, message),
+            StepFinished(
+                step, _message(result, calls), usage, result.finish_reason, result.tool_margin
+            )
         )
         log.info(
             "step_finished",
@@ -265,56 +285,18 @@ class RunLoop:
             completion_tokens=usage.completion_tokens,
         )
 
-    # --- tools ---
+    # --- the end ---
 
-    async def _execute(self, step: int, calls: tuple[ToolCall, ...]) -> None:
-        """Hand the calls to the caller and wait for every result."""
-        for call in calls:
-            halt = self._latch.covering_tool(call.name)
-            if halt is not None:
-                raise Halted(
-                    f"tool {call.name!r} is halted: {halt.reason or halt.scope}",
-                    metadata={"halt_id": halt.id, "scope": halt.scope, "tool": call.name},
-                )
-        futures = {call.id: asyncio.get_running_loop().create_future() for call in calls}
-        self._open.update(futures)
-        issued_s = time.monotonic()
-        self.live.emit(
-            ToolCallsIssued(step, calls), state=RunState.WAITING_TOOL, open_tool_calls=calls
-        )
-        # Shortest first: no wait outlasts the time of a call that is looked at after it.
-        due = sorted(calls, key=self._timeout_s)
-        results = {call.id: await self._result(call, futures[call.id], issued_s) for call in due}
-        transcript = self.live.run.transcript + tuple(
-            Message(Role.TOOL, result.parts, (), result.tool_call_id, result.is_error)
-            for result in (results[call.id] for call in calls)
-        )
-        self.live.update(transcript=transcript)
-
-    async def _result(
-        self, call: ToolCall, future: "asyncio.Future[ToolResult]", issued_s: float
-    ) -> ToolResult:
-        timeout_s = self._timeout_s(call)
-        try:
-            async with asyncio.timeout(issued_s + timeout_s - time.monotonic()):
-                return await asyncio.shield(future)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"tool {call.name!r} gave no result within {timeout_s:g} s",
-                reason="TOOL_TIMEOUT",
-                metadata={"tool": call.name, "tool_call_id": call.id, "timeout_s": timeout_s},
-            ) from None
-
-    def _timeout_s(self, call: ToolCall) -> float:
-        return self._tools[call.name].timeout_s or self._settings.tool_timeout_s
+    def _not_written(self, error: Exception) -> None:
+        """The ledger has failed this run: it ends, and what is on disk is an earlier state."""
+        message = f"the ledger could not keep what this run did: {error}"
+        reason = error.reason if isinstance(error, EdgeAgentError) else "LEDGER_FAILED"
+        self.stop(RunState.FAILED, RunError(reason, message, retryable=True))
 
     def _cancel_open_tools(self, error: RunError) -> None:
-        if self._open and self.live.state is not RunState.CANCELLING:
+        if self.live.run.open_tool_calls and self.live.state is not RunState.CANCELLING:
             self.live.move_to(RunState.CANCELLING)
-            for call_id in self._open:
-                self.live.emit(CancelTool(call_id, error))
-
-    # --- the end ---
+            self._calls.cancel(error)
 
     async def _expire(self) -> None:
         timeout_s = self.live.spec.timeout_s
@@ -326,29 +308,41 @@ class RunLoop:
         """End otherwise than by an answer, after open calls have confirmed or have not."""
         if self._ending is None:
             self._ending = (state, error)
-        self._cancel_open_tools(error)
-        if self._open:
-            waiting = list(self._open.values())
-            await asyncio.wait(waiting, timeout=self._settings.cancel_confirm_s)
-        unconfirmed = sorted(self._open)
-        if not unconfirmed:
+        parked = (
+            self._ending[0] is RunState.SUSPENDED and self.live.state is not RunState.CANCELLING
+        )
+        if not parked:
+            self._cancel_open_tools(error)
+        unknown = await self._calls.confirmed()
+        if unknown:
+            names = ", ".join(unknown)
+            message = f"{error.message}; nobody confirmed what came of {names}"
+            metadata = {**error.metadata, "cause": error.reason, "tool_call_ids": names}
+            state, error = (
+                RunState.OUTCOME_UNKNOWN,
+                RunError("OUTCOME_UNKNOWN", message, False, metadata),
+            )
+        if state is RunState.SUSPENDED:
+            self._suspend(error)
+        else:
             self._finish(state, error=error)
-            return
-        names = ", ".join(unconfirmed)
-        message = f"{error.message}; nobody confirmed what came of {names}"
-        metadata = {**error.metadata, "cause": error.reason, "tool_call_ids": names}
-        unknown = RunError("OUTCOME_UNKNOWN", message, metadata=metadata)
-        self._finish(RunState.OUTCOME_UNKNOWN, error=unknown)
+
+    def _suspend(self, cause: RunError) -> None:
+        self._ending = None
+        self.live.update(daemon_tool_calls=(), unapproved_tool_calls=())
+        self.live.emit(StateChanged(RunState.SUSPENDED, cause=cause))
+        log.info("run_suspended", run=self.live.id, reason=cause.reason)
 
     def _finish(
         self, state: RunState, *, answer: str | None = None, error: RunError | None = None
     ) -> None:
-        self._open.clear()
         self.live.finish(
             state=state,
             answer=answer,
             error=error,
             open_tool_calls=(),
+            daemon_tool_calls=(),
+            unapproved_tool_calls=(),
             ended_at_s=time.time(),
             telemetry=self._recording.end() if self._recording else None,
         )
@@ -365,3 +359,7 @@ class RunLoop:
             duration_ms=round((time.time() - run.created_at_s) * 1000),
             completion_tokens=run.usage.completion_tokens,
         )
+
+
+def _message(result: StepResult, calls: tuple[ToolCall, ...]) -> Message:
+    return Message(Role.ASSISTANT, () if calls else (TextPart(result.text),), calls)

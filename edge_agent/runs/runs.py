@@ -8,8 +8,8 @@ import dataclasses
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import structlog
 
@@ -19,10 +19,12 @@ from edge_agent.core import (
     Halt,
     HaltOutcome,
     HaltScope,
+    Message,
     Run,
     RunError,
     RunSpec,
     RunState,
+    SideEffect,
     ToolResult,
 )
 from edge_agent.errors import (
@@ -34,14 +36,16 @@ from edge_agent.errors import (
     Overloaded,
     Unavailable,
 )
+from edge_agent.runs.calls import DaemonTools
+from edge_agent.runs.halting import Halting
 from edge_agent.runs.halts import HaltLatch, covers_run
-from edge_agent.runs.live import LiveRun
-from edge_agent.runs.loop import Recording, RunLoop, Steps
+from edge_agent.runs.live import Journal, LiveRun
+from edge_agent.runs.loop import Recording, RunLoop, Steps, Surroundings
+from edge_agent.runs.recording import Machine, NoRecords, Records
 from edge_agent.runs.settings import RunSettings
-from edge_agent.runs.store import MemoryRunStore, RunStore
+from edge_agent.runs.store import MemoryRunStore
 
 _RETRY_AFTER_S = 1.0
-_RECORD_TIMEOUT_S = 1.0
 _STOP_MARGIN_S = 1.0
 
 log = structlog.get_logger()
@@ -71,25 +75,44 @@ class Runs:
         engines: Engines,
         latch: HaltLatch,
         settings: RunSettings,
-        store: RunStore | None = None,
+        *,
         recorder: Recorder | None = None,
+        daemon_tools: DaemonTools | None = None,
+        records: Records | None = None,
+        machine: Machine | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        """No runs yet."""
+        """No runs yet. `journal` is where durable runs are written; None: there are none."""
         self.settings = settings
         self._engines = engines
         self._latch = latch
+        self._around = Surroundings(engines, latch, daemon_tools, records or NoRecords(), machine)
+        self._journal = journal
+        self._halting = Halting(latch, self._stop_covered)
         self._recorder = recorder
-        self._store: RunStore = store or MemoryRunStore(
+        self._store = MemoryRunStore(
             retention_s=lambda: self.settings.retention_s,
             max_retained=lambda: self.settings.max_retained,
         )
         self._active: dict[str, tuple[RunLoop, asyncio.Task[None]]] = {}
-        self._recording = asyncio.Lock()
-        self._going_on: set[asyncio.Task[None]] = set()
+        self._suspended: dict[str, asyncio.TimerHandle] = {}
         self._accepting = True
 
     def create(self, spec: RunSpec, *, client: str, request_id: str) -> Run:
-        """Accept a run, or return the one that `request_id` made before.
+        """Accept a run and begin it, or return the one that `request_id` made before.
+
+        Raises: as `accept` does.
+        """
+        live, new = self.accept(spec, client=client, request_id=request_id)
+        if new:
+            self.begin(live.id)
+        return live.snapshot()
+
+    def accept(self, spec: RunSpec, *, client: str, request_id: str) -> tuple[LiveRun, bool]:
+        """Accept a run that is still to `begin`, or find the one that `request_id` made before.
+
+        Returns:
+            The run, and whether it is new.
 
         Raises:
             AlreadyExists: reason REQUEST_ID_REUSED, the same `request_id` with another body.
@@ -98,8 +121,8 @@ class Runs:
         """
         earlier = self._store.find_request(client, request_id) if request_id else None
         if earlier is not None:
-            return self._same_request(earlier, spec, request_id)
-        self._check_acceptable(spec, client)
+            return self._same_request(earlier, spec, request_id), False
+        engine = self._check_acceptable(spec, client)
         run = Run(
             id=uuid.uuid4().hex,
             request_id=request_id,
@@ -109,15 +132,33 @@ class Runs:
             state=RunState.QUEUED,
             created_at_s=time.time(),
             priority=spec.priority,
+            durable=spec.durable,
         )
-        recording = self._recorder.begin() if self._recorder else None
-        live = LiveRun(run, spec)
-        loop = RunLoop(live, self._engines, self._latch, self.settings, recording)
-        self._store.add(loop)
-        task = loop.start()
-        self._active[run.id] = (loop, task)
-        task.add_done_callback(lambda _task: self._ended(run.id))
-        return loop.live.snapshot()
+        live = LiveRun(run, spec, self._journal if spec.durable else None)
+        self._keep(live, engine)
+        return live, True
+
+    def begin(self, run_id: str) -> None:
+        """Let an accepted run begin."""
+        self._drive(self._find(run_id))
+
+    def forget(self, run_id: str) -> None:
+        """Forget an accepted run that is not to begin after all."""
+        self._store.forget(run_id)
+
+    def adopt(self, live: LiveRun, attempt: int) -> RunLoop:
+        """Keep a run that an earlier daemon has left; nothing drives it yet."""
+        try:
+            engine = self._engines.engine(live.spec.engine)
+        except NotFound:  # it may be installed by the time that somebody resumes the run
+            engine = None
+        loop = self._keep(live, engine)
+        loop.attempt = attempt
+        if live.state is RunState.SUSPENDED:
+            self._wait_suspended(loop)
+        elif live.state.ended:
+            self._store.ended(live.id)
+        return loop
 
     def get(self, run_id: str) -> Run:
         """The run as it stands.
@@ -157,7 +198,42 @@ class Runs:
             NotFound: never there, or its retention is over.
         """
         loop = self._find(run_id)
-        loop.stop(RunState.CANCELLED, reason)
+        self._stop(loop, RunState.CANCELLED, reason)
+        return loop.live.snapshot()
+
+    def resume(self, run_id: str, messages: tuple[Message, ...], client: str) -> Run:
+        """Let a suspended run go on, with what is to be said first.
+
+        Raises:
+            NotFound: no such run.
+            FailedPrecondition: reason RUN_NOT_SUSPENDED, or TOOL_CALLS_OPEN: calls that act are
+                open, and their results come first.
+            Halted, Unavailable, Overloaded: nothing goes on now.
+        """
+        loop = self._find(run_id)
+        run = loop.live.run
+        if run.state is not RunState.SUSPENDED:
+            message = f"run {run_id} is {run.state}, not SUSPENDED"
+            metadata = {"run_id": run_id, "state": run.state}
+            raise FailedPrecondition(message, reason="RUN_NOT_SUSPENDED", metadata=metadata)
+        self._check_acceptable(loop.live.spec, run.client)
+        acting = {
+            tool.name for tool in loop.live.spec.tools if tool.side_effect is not SideEffect.NONE
+        }
+        if names := [call.id for call in run.open_tool_calls if call.name in acting]:
+            message = f"run {run_id} waits for the results of {', '.join(names)}: submit them first"
+            metadata = {"run_id": run_id, "tool_call_ids": ", ".join(names)}
+            raise FailedPrecondition(message, reason="TOOL_CALLS_OPEN", metadata=metadata)
+        log.info("run_resumed", run=run_id, client=client, messages=len(messages))
+        self._suspended.pop(run_id).cancel()
+        loop.say(messages)
+        self._drive(loop)
+        return loop.live.snapshot()
+
+    def decide(self, run_id: str, call_id: str, *, approved: bool, client: str, reason: str) -> Run:
+        """Approve or deny a call that waits for it; see `ToolCalls.decide`."""
+        loop = self._find(run_id)
+        loop.decide(call_id, approved=approved, client=client, reason=reason)
         return loop.live.snapshot()
 
     def submit(self, run_id: str, results: Sequence[ToolResult]) -> Run:
@@ -170,6 +246,10 @@ class Runs:
         loop = self._find(run_id)
         loop.submit(results)
         return loop.live.snapshot()
+
+    async def settled(self, run_id: str) -> None:
+        """Wait until all that has happened to a run may be seen; see `LiveRun.settled`."""
+        await self._find(run_id).live.settled()
 
     def watch(self, run_id: str, after_sequence: int | None) -> AsyncIterator[Event]:
         """A snapshot, then the events after `after_sequence`, until the run has ended.
@@ -190,54 +270,20 @@ class Runs:
         return self._latch.halts()
 
     async def halt(self, scope: HaltScope, target: str, reason: str, client: str) -> HaltOutcome:
-        """Latch a Halt: first stop what it covers, then write it to disk.
-
-        It is never refused; what is latched may cover more than was asked (`HaltLatch.latch`).
-        """
-        asked = Halt(uuid.uuid4().hex, scope, target, reason, client, time.time())
-        halt = self._latch.latch(asked)
-        stopped = 0
-        for loop in self._covered(halt):
-            error = RunError(
-                "HALTED",
-                f"halted: {halt.reason or halt.scope}",
-                metadata={"halt_id": halt.id, "scope": halt.scope},
-            )
-            loop.stop(RunState.CANCELLED, error)
-            stopped += 1
-        log.warning(
-            "halt_latched",
-            halt=halt.id,
-            scope=halt.scope.value,
-            target=halt.target,
-            asked=f"{scope} {target}".rstrip(),
-            stopped=stopped,
-        )
-        try:
-            await asyncio.wait_for(self._whatever_happens(self._record(halt)), _RECORD_TIMEOUT_S)
-        except TimeoutError:
-            log.error("halt_record_late", halt=halt.id, waited_s=_RECORD_TIMEOUT_S)
-            return HaltOutcome(halt, stopped, recorded=False)
-        except OSError:
-            return HaltOutcome(halt, stopped, recorded=False)
-        return HaltOutcome(halt, stopped, recorded=True)
+        """Latch a Halt; see `Halting.halt`."""
+        return await self._halting.halt(scope, target, reason, client)
 
     async def clear_halt(self, halt_id: str) -> None:
-        """Lift a Halt once that is on disk.
+        """Lift a Halt; see `Halting.clear`."""
+        await self._halting.clear(halt_id)
 
-        Raises:
-            NotFound: none has this id.
-            FailedPrecondition: reason HALT_NOT_RECORDED, the disk refused; it stays latched.
-        """
-        halt = self._latch.get(halt_id)
-        try:
-            await self._whatever_happens(self._record(halt, lift=True))
-        except OSError as error:
-            message = f"halt {halt_id} stays latched: {error.strerror}"
-            raise FailedPrecondition(
-                message, reason="HALT_NOT_RECORDED", metadata={"halt_id": halt_id}
-            ) from error
-        log.warning("halt_cleared", halt=halt_id)
+    def _stop_covered(self, halt: Halt, error: RunError) -> int:
+        """A durable run is suspended: nothing of it moves until somebody resumes it."""
+        covered = tuple(self._covered(halt))
+        for loop in covered:
+            durable = loop.live.run.durable
+            loop.stop(RunState.SUSPENDED if durable else RunState.CANCELLED, error)
+        return len(covered)
 
     def _covered(self, halt: Halt) -> Iterator[RunLoop]:
         for loop, _task in tuple(self._active.values()):
@@ -246,30 +292,6 @@ class Runs:
                 halt.scope is HaltScope.TOOL and loop.has_open_call(halt.target)
             ):
                 yield loop
-
-    async def _record(self, halt: Halt, *, lift: bool = False) -> None:
-        """Write the latch to disk, without this Halt if it is lifted; then it is."""
-        async with self._recording:
-            halts = tuple(each for each in self._latch.halts() if not lift or each is not halt)
-            try:
-                await asyncio.to_thread(self._latch.record, halts)
-            except OSError as error:
-                log.error("halt_not_recorded", halt=halt.id, error=str(error))
-                raise
-            if lift:
-                self._latch.lift(halt)
-
-    async def _whatever_happens(self, work: Coroutine[Any, Any, None]) -> None:
-        """Wait for something that goes on when its caller is gone or waits no longer."""
-        task = asyncio.create_task(work)
-        self._going_on.add(task)
-        task.add_done_callback(self._went_on)
-        await asyncio.shield(task)
-
-    def _went_on(self, task: "asyncio.Task[None]") -> None:
-        self._going_on.discard(task)
-        if not task.cancelled():
-            task.exception()  # retrieved here: nobody may wait for it any more
 
     # --- stopping ---
 
@@ -286,16 +308,52 @@ class Runs:
         left = tuple(self._active.values())
         error = RunError("DAEMON_STOPPING", "the daemon is stopping", retryable=True)
         for loop, _task in left:
-            loop.stop(RunState.FAILED, error)
+            if loop.live.run.durable:
+                loop.park(error)
+            else:
+                loop.stop(RunState.FAILED, error)
         if left:
             limit_s = self.settings.cancel_confirm_s + _STOP_MARGIN_S
             await asyncio.wait([task for _loop, task in left], timeout=limit_s)
 
     # --- inside ---
 
-    def _ended(self, run_id: str) -> None:
-        del self._active[run_id]
-        self._store.ended(run_id)
+    def _keep(self, live: LiveRun, engine: EngineInfo | None) -> RunLoop:
+        recording = self._recorder.begin() if self._recorder else None
+        loop = RunLoop(live, self._around, self.settings, engine, recording)
+        self._store.add(loop)
+        return loop
+
+    def _drive(self, loop: RunLoop) -> None:
+        run_id, task = loop.live.id, loop.start()
+        self._active[run_id] = (loop, task)
+        task.add_done_callback(lambda _task: self._left(run_id))
+
+    def _left(self, run_id: str) -> None:
+        """Nothing drives the run any more: it has ended, or is suspended."""
+        loop, _task = self._active.pop(run_id)
+        if loop.live.state is RunState.SUSPENDED:
+            self._wait_suspended(loop)
+        else:
+            self._store.ended(run_id)
+
+    def _wait_suspended(self, loop: RunLoop) -> None:
+        """Until somebody resumes it, or nobody has for too long."""
+        limit_s = self.settings.suspended_retention_s
+
+        def give_up() -> None:
+            message = f"nobody resumed the run within {limit_s:g} s (runs.suspended_retention)"
+            self._stop(loop, RunState.EXPIRED, RunError("SUSPENDED_TOO_LONG", message))
+
+        timer = asyncio.get_running_loop().call_later(limit_s, give_up)
+        self._suspended[loop.live.id] = timer
+
+    def _stop(self, loop: RunLoop, state: RunState, reason: RunError) -> None:
+        loop.stop(state, reason)
+        timer = self._suspended.pop(loop.live.id, None)
+        if timer is not None:  # nothing drives it: its end has to be
+            timer.cancel()
+            self._drive(loop)
 
     def _find(self, run_id: str) -> RunLoop:
         loop = self._store.get(run_id)
@@ -305,17 +363,12 @@ class Runs:
             )
         return loop
 
-    def _same_request(self, earlier: RunLoop, spec: RunSpec, request_id: str) -> Run:
+    def _same_request(self, earlier: RunLoop, spec: RunSpec, request_id: str) -> LiveRun:
         if earlier.live.spec == spec:
-            return earlier.live.snapshot()
-        run_id = earlier.live.id
-        raise AlreadyExists(
-            f"request_id: {request_id!r} made run {run_id} with another body",
-            reason="REQUEST_ID_REUSED",
-            metadata={"request_id": request_id, "run_id": run_id},
-        )
+            return earlier.live
+        raise request_reused(request_id, earlier.live.id)
 
-    def _check_acceptable(self, spec: RunSpec, client: str) -> None:
+    def _check_acceptable(self, spec: RunSpec, client: str) -> EngineInfo:
         if not self._accepting:
             raise Unavailable("the daemon is stopping", reason="DAEMON_DRAINING")
         halt = self._latch.covering_run(client, spec.agent)
@@ -331,4 +384,13 @@ class Runs:
                 metadata={"active": len(self._active), "limit": self.settings.max_active},
                 retry_after_s=_RETRY_AFTER_S,
             )
-        self._engines.engine(spec.engine)
+        return self._engines.engine(spec.engine)
+
+
+def request_reused(request_id: str, run_id: str) -> AlreadyExists:
+    """The same `request_id` with another body."""
+    return AlreadyExists(
+        f"request_id: {request_id!r} made run {run_id} with another body",
+        reason="REQUEST_ID_REUSED",
+        metadata={"request_id": request_id, "run_id": run_id},
+    )

@@ -1,6 +1,7 @@
 """What the configuration says about runs; replaced as a whole on reload."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,3 +14,5 @@ class RunSettings:
     max_active: int
     retention_s: float
     max_retained: int
+    suspended_retention_s: float = 86_400.0
+    bodies: Literal["off", "errors", "all"] = "off"

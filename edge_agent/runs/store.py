@@ -1,42 +1,17 @@
-"""Where runs are kept: in memory, until their retention is over.
+"""Where runs are kept in memory, until their retention there is over.
 
-`RunStore` is what the owner needs of a store; a durable one replaces `MemoryRunStore` alone.
+What is durable of them stays in the ledger for longer.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 from edge_agent.runs.loop import RunLoop
 
 
-class RunStore(Protocol):
-    """Runs by id and by the request that made them."""
-
-    def add(self, loop: RunLoop) -> None:
-        """Keep an accepted run."""
-        ...
-
-    def get(self, run_id: str) -> RunLoop | None:
-        """The run, while it is kept."""
-        ...
-
-    def find_request(self, client: str, request_id: str) -> RunLoop | None:
-        """The run that this client's request made, while it is kept."""
-        ...
-
-    def newest_first(self) -> Iterator[RunLoop]:
-        """All runs that are kept."""
-        ...
-
-    def ended(self, run_id: str) -> None:
-        """The run's retention begins."""
-        ...
-
-
 class MemoryRunStore:
-    """Implements `RunStore`; a restart forgets everything."""
+    """Runs by id and by the request that made them; a restart forgets them."""
 
     def __init__(
         self,
@@ -60,6 +35,11 @@ class MemoryRunStore:
         self._runs[run.id] = loop
         if run.request_id:
             self._requests[run.client, run.request_id] = run.id
+
+    def forget(self, run_id: str) -> None:
+        """Keep no longer a run that never began."""
+        run = self._runs.pop(run_id).live.run
+        self._requests.pop((run.client, run.request_id), None)
 
     def get(self, run_id: str) -> RunLoop | None:
         """The run, while it is kept."""

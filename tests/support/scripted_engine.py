@@ -16,6 +16,7 @@ from edge_agent.core import (
     Role,
     RunSpec,
     RunState,
+    SideEffect,
     StepOrigin,
     StepRequest,
     StepResult,
@@ -145,8 +146,8 @@ SETTINGS = RunSettings(
     max_retained=100,
 )
 
-MOVE = Tool("move", "Move.", '{"type":"object"}')
-SPEAK = Tool("speak", "Speak.", '{"type":"object"}')
+MOVE = Tool("move", "Move.", '{"type":"object"}', side_effect=SideEffect.IDEMPOTENT)
+SPEAK = Tool("speak", "Speak.", '{"type":"object"}', side_effect=SideEffect.IDEMPOTENT)
 
 
 def spec(text: str = "Go", tools: Iterable[Tool] = (MOVE, SPEAK), **changes: Any) -> RunSpec:

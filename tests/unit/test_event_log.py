@@ -120,14 +120,14 @@ def test_the_open_text_is_that_of_the_last_span(happenings):
     log, naive = write(happenings, EventLog("run"))
     last = merged(naive.events)[-1:]
     expected = last[0].text if last and isinstance(last[0], TextDelta) else ""
-    assert log.open_text() == expected
+    assert log.text_at(log.sequence) == expected
 
 
 class ForgetfulLog(EventLog):
     """A planted bug: a reader in the middle of a span gets the whole span again."""
 
-    def since(self, after: int) -> Iterator[Event]:
-        for event in super().since(after):
+    def since(self, after: int, upto: int | None = None) -> Iterator[Event]:
+        for event in super().since(after, upto):
             for item in self._items:
                 if isinstance(item, TextSpan) and item.last == event.sequence:
                     yield Event(event.run_id, event.sequence, item.since(item.first - 1))
@@ -139,8 +139,8 @@ class ForgetfulLog(EventLog):
 class LateLog(EventLog):
     """A planted bug: the event right after the reader's last one is left out."""
 
-    def since(self, after: int) -> Iterator[Event]:
-        return super().since(after + 1)
+    def since(self, after: int, upto: int | None = None) -> Iterator[Event]:
+        return super().since(after + 1, upto)
 
 
 @pytest.mark.parametrize("planted", [ForgetfulLog, LateLog])

@@ -217,12 +217,24 @@ class TestTools:
         assert (move.valid_for_s, quick.valid_for_s) == (5.0, 0.5)
         assert 0.0 <= move.observed_ago_s < 5.0
 
-    def test_an_unknown_tool_fails_the_run_and_nothing_else(self, play):
+    def test_a_tool_that_the_run_has_not_is_never_called(self, play):
+        async def scenario(runs, engines):
+            run_id = start(runs)
+            (await engines.next()).call(("fly", "{}"))
+            found = await events(runs, run_id)
+            return found, runs.get(run_id)
+
+        found, run = play(scenario)
+        assert (run.state, run.error.reason) == (RunState.FAILED, "TOOL_NOT_ALLOWED")
+        assert run.error.metadata["tool"] == "fly"
+        assert not any(isinstance(event.body, ToolCallsIssued) for event in found)
+
+    def test_a_bug_fails_the_run_and_nothing_else(self, play):
         async def scenario(runs, engines):
             broken, other = start(runs), start(runs)
             first, second = await engines.next(), await engines.next()
             with structlog.testing.capture_logs() as logs:
-                first.call(("fly", "{}"))
+                first.fail(KeyError("fly"))
                 run = await ended(runs, broken)
             second.answer("Done")
             return run, logs, await ended(runs, other)

@@ -37,7 +37,7 @@ class NeverDecided:
     """Knows every engine and decides nothing."""
 
     def engine(self, name):
-        return name
+        return None
 
     async def decide(self, *_positional, **_named):
         await asyncio.Event().wait()

@@ -505,19 +505,19 @@ class TestSlowDisk:
                 task.cancel()
             await asyncio.wait([first, second])
             disk.writable.set()
-            await asyncio.gather(*runs._going_on)
+            await asyncio.gather(*runs._halting._going_on)
 
         run_bounded(scenario())
         assert [halt.target for halt in HaltLatch(disk._path).halts()] == ["move", "speak"]
 
     def test_an_answer_does_not_wait_for_it_forever(self, disk, monkeypatch):
-        monkeypatch.setattr("edge_agent.runs.runs._RECORD_TIMEOUT_S", SHORT_S)
+        monkeypatch.setattr("edge_agent.runs.halting._RECORD_TIMEOUT_S", SHORT_S)
 
         async def scenario() -> bool:
             runs = Runs(ScriptedEngines(), disk, SETTINGS)
             outcome = await runs.halt(HaltScope.ALL, "", "", "operator")
             disk.writable.set()
-            await asyncio.gather(*runs._going_on)
+            await asyncio.gather(*runs._halting._going_on)
             assert HaltLatch(disk._path).halts() == (outcome.halt,)
             return outcome.recorded
 
@@ -536,7 +536,7 @@ class TestSlowDisk:
             clearing.cancel()
             await asyncio.wait([clearing])
             disk.writable.set()
-            await asyncio.gather(*runs._going_on)
+            await asyncio.gather(*runs._halting._going_on)
             assert runs.halts() == ()
 
         run_bounded(scenario())

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 from edge_agent.core import Run, RunState
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.live import LiveRun
-from edge_agent.runs.loop import RunLoop
+from edge_agent.runs.loop import RunLoop, Surroundings
 from edge_agent.runs.store import MemoryRunStore
 from tests.support.scripted_engine import ENGINE, SETTINGS, ScriptedEngines, spec
 
@@ -28,7 +28,7 @@ def accepted(run_id: str, client: str = "client", request_id: str = "") -> RunLo
     """A run that has not begun."""
     run = Run(run_id, request_id, client, "", ENGINE, RunState.QUEUED, created_at_s=0.0)
     latch = HaltLatch(Path("/nowhere/halts.json"))
-    return RunLoop(LiveRun(run, spec()), ScriptedEngines(), latch, SETTINGS)
+    return RunLoop(LiveRun(run, spec()), Surroundings(ScriptedEngines(), latch), SETTINGS, None)
 
 
 class StoreMachine(RuleBasedStateMachine):

@@ -1,0 +1,108 @@
+"""What each event makes of a run. Pure: a live run and one that is read from the ledger agree.
+
+Numbers no events and decides nothing.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from edge_agent.core import (
+    ApprovalDecided,
+    ApprovalRequested,
+    DaemonToolStarted,
+    EventBody,
+    Message,
+    MessagesAdded,
+    Role,
+    Run,
+    RunFinished,
+    RunState,
+    StateChanged,
+    StepFinished,
+    ToolCall,
+    ToolCallsIssued,
+    ToolResult,
+    ToolResultAccepted,
+)
+
+
+def apply(run: Run, body: EventBody) -> Run:  # noqa: PLR0911 - one a kind
+    """The run after this event."""
+    match body:
+        case StateChanged(state=state, cause=cause):
+            return dataclasses.replace(run, state=state, error=cause)
+        case StepFinished(step=step, message=message):
+            transcript = (*run.transcript, message)
+            return dataclasses.replace(run, steps=step, transcript=transcript)
+        case ApprovalRequested(tool_calls=calls):
+            asked = (*run.unapproved_tool_calls, *calls)
+            state = RunState.WAITING_APPROVAL
+            return dataclasses.replace(run, state=state, unapproved_tool_calls=asked)
+        case ApprovalDecided(tool_call_id=call_id):
+            asked = _without(run.unapproved_tool_calls, call_id)
+            return dataclasses.replace(run, unapproved_tool_calls=asked)
+        case ToolCallsIssued(tool_calls=calls):
+            waiting = (*_others(run.open_tool_calls, calls), *calls)
+            state = RunState.WAITING_TOOL
+            return dataclasses.replace(run, state=state, open_tool_calls=waiting)
+        case DaemonToolStarted(tool_call=call):
+            started = (*_without(run.daemon_tool_calls, call.id), call)
+            state = RunState.WAITING_TOOL
+            return dataclasses.replace(run, state=state, daemon_tool_calls=started)
+        case ToolResultAccepted(result=result):
+            return _with_result(run, result)
+        case MessagesAdded(messages=messages):
+            return dataclasses.replace(run, transcript=(*run.transcript, *messages))
+        case RunFinished(run=ended):
+            return dataclasses.replace(ended, transcript=run.transcript)
+        case _:
+            return run
+
+
+def unanswered(run: Run) -> tuple[ToolCall, ...]:
+    """The calls of the last step that have no result yet, in the step's order."""
+    start = _last_decision(run.transcript)
+    if start is None:
+        return ()
+    answered = {turn.tool_call_id for turn in run.transcript[start + 1 :]}
+    return tuple(call for call in run.transcript[start].tool_calls if call.id not in answered)
+
+
+def calls_of(run: Run) -> tuple[ToolCall, ...]:
+    """All that the model has called, in order."""
+    return tuple(call for turn in run.transcript for call in turn.tool_calls)
+
+
+def _with_result(run: Run, result: ToolResult) -> Run:
+    """The result's turn goes where its call stands among those of the step."""
+    turn = Message(Role.TOOL, result.parts, (), result.tool_call_id, result.is_error)
+    transcript = [*run.transcript, turn]
+    start = _last_decision(run.transcript)
+    if start is not None:
+        order = {call.id: at for at, call in enumerate(run.transcript[start].tool_calls)}
+        transcript[start + 1 :] = sorted(
+            transcript[start + 1 :], key=lambda turn: order.get(turn.tool_call_id, len(order))
+        )
+    return dataclasses.replace(
+        run,
+        transcript=tuple(transcript),
+        open_tool_calls=_without(run.open_tool_calls, result.tool_call_id),
+        daemon_tool_calls=_without(run.daemon_tool_calls, result.tool_call_id),
+    )
+
+
+def _last_decision(transcript: tuple[Message, ...]) -> int | None:
+    """Where the last turn with calls stands."""
+    for at in range(len(transcript) - 1, -1, -1):
+        if transcript[at].tool_calls:
+            return at
+    return None
+
+
+def _without(calls: tuple[ToolCall, ...], call_id: str) -> tuple[ToolCall, ...]:
+    return tuple(call for call in calls if call.id != call_id)
+
+
+def _others(calls: tuple[ToolCall, ...], these: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
+    ids = {call.id for call in these}
+    return tuple(call for call in calls if call.id not in ids)
