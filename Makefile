@@ -17,6 +17,7 @@ FUZZ_S ?= 600
 CHAOS ?= 100
 MUTATE ?=
 MUTATE_S ?= 3600
+MUTATE_JOBS ?= 2
 BENCHMARKS = $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 CODE = $(wildcard edge_agent tests benchmarks examples docs hatch_build.py)
 SCRIPTS = .ci/run $(shell find . \( -name .venv -o -name build -o -name dist -o -name node_modules \) -prune -o -name '*.sh' -print)
@@ -73,7 +74,7 @@ chaos: setup  ## many more histories of the stateful models (CHAOS=100 times as 
 	EDGE_AGENT_CHAOS=$(CHAOS) $(BIN)/pytest --timeout 0 tests/unit/scheduling
 
 mutate: setup  ## put small bugs into the scheduler's core: its tests must notice (MUTATE='queue budget')
-	$(BIN)/python tests/mutation/mutate.py --limit-s $(MUTATE_S) $(MUTATE)
+	$(BIN)/python tests/mutation/mutate.py --limit-s $(MUTATE_S) --jobs $(MUTATE_JOBS) $(MUTATE)
 
 bench: engine  ## run every benchmark; the last JSON line of each goes to build/bench.jsonl
 	@mkdir -p build; : > build/bench.jsonl; failed=''; \

@@ -1,28 +1,35 @@
 """Mutation testing of the scheduler's pure modules: small bugs are put in, the tests must notice.
 
-    python tests/mutation/mutate.py [--limit-s 900] [module ...]
+    python tests/mutation/mutate.py [--limit-s 3600] [--jobs 1] [module ...]
 
 Each mutant is one changed operator, constant, condition or returned value. It lives in memory only:
 a forked child imports the module from the changed source and runs that module's tests until one
-fails. Prints each survivor with its line; exits with 1 when one survives that is not listed in
-`equivalent.txt` (`module: mutated line  # why nothing can notice`).
+fails. Names each mutant that survives, that ran out of time (noticed: it took many times what the
+tests take) or whose process died (not noticed: no test has said so).
+
+`equivalent.txt` lists what nothing can notice, one a line, as it is named here:
+`module.function: before -> after  # why`. Exits with 1 when a mutant survives that is not listed,
+when a process died, or when a mutant is listed that does not survive.
 
 Coverage says that a line ran, this says that somebody looked at what it did.
 """
 
 import argparse
-import ast
 import contextlib
-import copy
+import dataclasses
 import importlib.abc
 import importlib.util
 import io
+import math
 import os
 import random
+import resource
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -30,128 +37,47 @@ from types import CodeType
 import hypothesis
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.mutation.mutants import Mutant, mutants
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 PACKAGE = "edge_agent.scheduling"
-TESTS = ROOT / "tests" / "unit" / "scheduling"
-WHOLE = ("test_preemption.py", "test_worst_cases.py", "test_planner_model.py::TestPlanner")
+TESTS = ROOT / "tests" / "unit"
+EQUIVALENT = Path(__file__).with_name("equivalent.txt")
+EXPLAIN = "test_scheduler_explain.py"
+WHOLE = (
+    "scheduling/test_preemption.py",
+    "scheduling/test_worst_cases.py",
+    "scheduling/test_planner_model.py::TestPlanner",
+)
 MODULES = {
-    "queue": ("test_queue.py",),
-    "budget": ("test_budget.py",),
-    "pressure": ("test_pressure.py",),
-    "pace": ("test_pace.py",),
-    "refusals": ("test_refusals.py",),
-    "residents": ("test_residents.py", *WHOLE),
-    "eviction": ("test_eviction.py", *WHOLE),
-    "state": WHOLE,
+    "queue": ("scheduling/test_queue.py",),
+    "budget": ("scheduling/test_budget.py",),
+    "pressure": ("scheduling/test_pressure.py",),
+    "pace": ("scheduling/test_pace.py",),
+    "refusals": ("scheduling/test_refusals.py",),
+    "footprint": ("test_footprint.py",),
+    "failures": ("test_load_failures.py",),
+    "backoff": ("test_load_failures.py",),
+    "reserve": ("test_scheduler_machine.py",),
+    "quarantine": ("test_quarantine.py",),
+    "explain": (EXPLAIN,),
+    "residents": ("scheduling/test_residents.py", EXPLAIN, *WHOLE),
+    "eviction": ("scheduling/test_eviction.py", *WHOLE),
+    "state": ("scheduling/test_state.py",),
     "making_room": WHOLE,
-    "planner": WHOLE,
+    "planner": ("scheduling/test_planner.py", "scheduling/test_power_mode.py", *WHOLE),
 }
-_QUIET = ("-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestWarning")
+_OPTIONS = ("-x", "-q", "--tb=no", "--timeout=0", "-p", "no:cacheprovider", "-p", "no:xdist")
+_QUIET = ("-W", "ignore::pytest.PytestWarning")
 """What the parent has imported already can't be rewritten, and need not be."""
-MUTANT_S = 40.0
-"""A mutant that goes round in circles counts as noticed."""
-
-_COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-}
-_ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-}
-_CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """One changed node: where, and how the line reads now."""
-
-    line: int
-    text: str
-    code: CodeType
-
-
-def _changes(node: ast.AST) -> Iterator[ast.AST]:  # noqa: C901 - one case for each kind
-    """What this node could be by mistake."""
-    match node:
-        case ast.Compare(ops=[op, *_]) if type(op) in _COMPARISONS:
-            changed = copy.deepcopy(node)
-            changed.ops[0] = _COMPARISONS[type(op)]()
-            yield changed
-        case ast.BinOp(op=op) if type(op) in _ARITHMETIC:
-            yield ast.BinOp(node.left, _ARITHMETIC[type(op)](), node.right)
-        case ast.AugAssign(op=op) if type(op) in _ARITHMETIC:
-            yield ast.AugAssign(node.target, _ARITHMETIC[type(op)](), node.value)
-        case ast.BoolOp(op=op, values=values):
-            yield ast.BoolOp(ast.Or() if isinstance(op, ast.And) else ast.And(), values)
-        case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
-            yield operand
-        case ast.IfExp(test=test, body=body, orelse=orelse):
-            yield ast.IfExp(test, orelse, body)
-        case ast.Constant(value=bool(value)):
-            yield ast.Constant(not value)
-        case ast.Constant(value=int(value) | float(value)):
-            yield ast.Constant(value + 1)
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if name in _CALLS:
-            yield ast.Call(ast.Name(_CALLS[name], ast.Load()), args, keywords)
-        case ast.Return(value=value) if value is not None and not _is_none(value):
-            yield ast.Return(ast.Constant(None))
-        case ast.Continue():
-            yield ast.Break()
-        case ast.Expr(value=ast.Call() | ast.YieldFrom()) | ast.AugAssign():
-            yield ast.Pass()
-
-
-def _is_none(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and node.value is None
-
-
-def mutants(source: str, filename: str) -> Iterator[Mutant]:
-    """Every single change; annotations, decorators and texts stay as they are."""
-    tree = ast.parse(source)
-    quiet = {id(part) for node in ast.walk(tree) for part in _declared(node)}
-    for parent in ast.walk(tree):
-        for name, value in ast.iter_fields(parent):
-            nodes = value if isinstance(value, list) else [value]
-            for at, node in enumerate(nodes):
-                if not isinstance(node, ast.AST) or id(node) in quiet:
-                    continue
-                for change in _changes(node):
-                    ast.copy_location(change, node)
-                    _put(parent, name, at, change)
-                    ast.fix_missing_locations(tree)
-                    code = compile(tree, filename, "exec", dont_inherit=True)
-                    text = f"{ast.unparse(node)}  ->  {ast.unparse(change)}"
-                    yield Mutant(getattr(node, "lineno", 0), " ".join(text.split()), code)
-                    _put(parent, name, at, node)
-
-
-def _put(parent: ast.AST, name: str, at: int, node: ast.AST) -> None:
-    value = getattr(parent, name)
-    if isinstance(value, list):
-        value[at] = node
-    else:
-        setattr(parent, name, node)
-
-
-def _declared(node: ast.AST) -> Iterator[ast.AST]:
-    for name in ("annotation", "returns"):
-        part = getattr(node, name, None)
-        if isinstance(part, ast.AST):
-            yield from ast.walk(part)
-    for decorator in getattr(node, "decorator_list", ()):
-        yield from ast.walk(decorator)
+_LIMIT_TIMES, _LIMIT_MORE_S = 10.0, 5.0
+"""A mutant may take so many times what the tests take without one, and so much more. It is the
+processor's time, so a busy machine alone ends nobody."""
+_BLOCKED_TIMES = 4
+"""So many times that limit by the clock: for a mutant that waits and does not work."""
+_MEMORY_BYTES = 4 << 30
+_TIMED_OUT = (signal.SIGXCPU, signal.SIGALRM)
 
 
 class _Planted(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -160,41 +86,130 @@ class _Planted(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, name: str, code: CodeType) -> None:
         self.name, self.code = name, code
 
-    def find_spec(self, name, path, target=None):  # noqa: ARG002
+    def find_spec(self, name, path, target=None):  # noqa: ARG002 - the signature is Python's
         return importlib.util.spec_from_loader(name, self) if name == self.name else None
 
     def exec_module(self, module):
         exec(self.code, module.__dict__)  # noqa: S102 - that is what is tried here
 
 
-def survives(module: str, mutant: Mutant | None, tests: Sequence[str]) -> bool:
-    """Run a module's tests in a child of its own; None: without any change."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(int(MUTANT_S))
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """What is tried: the module, its tests, and the processor's seconds that a child may take."""
+
+    name: str
+    tests: tuple[str, ...]
+    scratch: str
+    limit_s: float = math.inf
+
+    def start(self, mutant: Mutant | None) -> int:
+        """Run the tests in a child of its own, None: without any change; returns its id."""
+        child = os.fork()
+        if child == 0:
+            code: object = 1
+            with contextlib.suppress(BaseException), contextlib.redirect_stdout(io.StringIO()):
+                self._limit()
+                code = self._run(mutant)
+            os._exit(0 if code == 0 else 1)
+        return child
+
+    def _limit(self) -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+        if self.limit_s < math.inf:
+            limit_s = math.ceil(self.limit_s)
+            resource.setrlimit(resource.RLIMIT_CPU, (limit_s, resource.RLIM_INFINITY))
+            signal.alarm(limit_s * _BLOCKED_TIMES)
+
+    def _run(self, mutant: Mutant | None) -> object:
         if mutant is not None:
-            sys.meta_path.insert(0, _Planted(f"{PACKAGE}.{module}", mutant.code))
+            sys.meta_path.insert(0, _Planted(f"{PACKAGE}.{self.name}", mutant.code))
         random.seed(0)
         hypothesis.settings.register_profile(
             "mutation",
             database=None,
+            deadline=None,
             derandomize=True,
             phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),  # some look at the time
         )
         hypothesis.settings.load_profile("mutation")
-        code: object = 1
-        with contextlib.suppress(BaseException), contextlib.redirect_stdout(io.StringIO()):
-            code = pytest.main(
-                ["-x", "-q", "--tb=no", *_QUIET] + [str(TESTS / test) for test in tests]
-            )
-        os._exit(0 if code == 0 else 1)
-    _, status = os.waitpid(child, 0)
-    return status == 0
+        scratch = f"--basetemp={self.scratch}/{os.getpid()}"
+        paths = [str(TESTS / test) for test in self.tests]
+        return pytest.main([*_OPTIONS, *_QUIET, scratch, *paths])
 
 
-def _known() -> set[str]:
-    lines = (Path(__file__).with_name("equivalent.txt")).read_text().splitlines()
-    return {line.split("  #")[0].strip() for line in lines if line.strip()}
+def outcomes(
+    module: _Module, tried: Iterable[Mutant], jobs: int, end_s: float
+) -> Iterator[tuple[Mutant, str]]:
+    """What became of each mutant, as they end; stops early when the time is over."""
+    running: dict[int, Mutant] = {}
+    left = iter(tried)
+    while True:
+        while len(running) < jobs and time.monotonic() < end_s and (mutant := next(left, None)):
+            running[module.start(mutant)] = mutant
+        if not running:
+            return
+        child, status = os.wait()
+        signalled = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        if signalled is not None:
+            outcome = "timed out" if signalled in _TIMED_OUT else "crashed"
+        else:
+            outcome = "killed" if status else "survived"
+        yield running.pop(child), outcome
+
+
+def listed() -> set[str]:
+    """The mutants that nothing can notice; each has its reason."""
+    names = []
+    for line in filter(None, map(str.strip, EQUIVALENT.read_text().splitlines())):
+        name, _, why = line.partition("  # ")
+        if not why:
+            raise SystemExit(f"{EQUIVALENT.name}: no reason: {line}")
+        names.append(name)
+    return set(names)
+
+
+def check(module: _Module, known: set[str], jobs: int, end_s: float) -> bool:
+    """Try a module's mutants, say what became of them; whether all is well."""
+    path = ROOT / "edge_agent" / "scheduling" / f"{module.name}.py"
+    tried, began_s = mutants(path.read_text(), module.name, str(path)), time.monotonic()
+    counts: Counter[str] = Counter()
+    survived = set()
+    for mutant, outcome in outcomes(module, tried, jobs, end_s):
+        equivalent = outcome == "survived" and mutant.name in known
+        counts["equivalent" if equivalent else outcome] += 1
+        if outcome == "survived":
+            survived.add(mutant.name)
+        if outcome != "killed" and not equivalent:
+            _say(f"{outcome}: line {mutant.line}: {mutant.name}")
+    ended = counts.total() == len(tried)
+    stale = sorted(
+        name for name in known if name.startswith(f"{module.name}.") and name not in survived
+    )
+    if ended:
+        for name in stale:
+            _say(f"listed, but does not survive: {name}")
+    words = ", ".join(
+        f"{counts[each]} {each}"
+        for each in ("killed", "equivalent", "survived", "timed out", "crashed")
+    )
+    rest = "" if ended else f", {len(tried) - counts.total()} not tried: out of time"
+    _say(f"{module.name}: {words}{rest} ({time.monotonic() - began_s:.0f} s)")
+    return ended and not (stale or counts["survived"] or counts["crashed"])
+
+
+def _measured(module: _Module) -> _Module:
+    """With a limit by what the tests take without a mutant; they must pass."""
+    _, status, used = os.wait4(module.start(None), 0)
+    if status:
+        raise SystemExit(f"{module.name}: the tests fail without a mutant")
+    limit_s = (used.ru_utime + used.ru_stime) * _LIMIT_TIMES + _LIMIT_MORE_S
+    return dataclasses.replace(module, limit_s=limit_s)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - a program for people
 
 
 def main() -> int:
@@ -202,29 +217,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", default=list(MODULES))
     parser.add_argument("--limit-s", type=float, default=3600.0, help="stop after so long")
+    parser.add_argument("--jobs", type=int, default=1, help="so many mutants at a time")
     arguments = parser.parse_args()
     os.environ["EDGE_AGENT_CHAOS"] = "1"
-    known, unknown, end_s = _known(), 0, time.monotonic() + arguments.limit_s
-    for module in arguments.modules:
-        path = ROOT / "edge_agent" / "scheduling" / f"{module}.py"
-        tests = MODULES[module]
-        if not survives(module, None, tests):
-            print(f"{module}: the tests fail without a mutant")  # noqa: T201
-            return 1
-        killed = equivalent = 0
-        for mutant in mutants(path.read_text(), str(path)):
-            if time.monotonic() > end_s:
-                print(f"{module}: out of time")  # noqa: T201
-                return 1
-            if not survives(module, mutant, tests):
-                killed += 1
-            elif f"{module}: {mutant.text}" in known:
-                equivalent += 1
-            else:
-                unknown += 1
-                print(f"{module}:{mutant.line}: {mutant.text}", flush=True)  # noqa: T201
-        print(f"{module}: {killed} killed, {equivalent} equivalent", flush=True)  # noqa: T201
-    return 1 if unknown else 0
+    known, end_s, well = listed(), time.monotonic() + arguments.limit_s, True
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in arguments.modules:
+            module = _measured(_Module(name, MODULES[name], scratch))
+            well &= check(module, known, arguments.jobs, end_s)
+    return 0 if well else 1
 
 
 if __name__ == "__main__":
