@@ -39,13 +39,16 @@ class LoadPlan:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """No load now: why, because of which engines, and until when, where that is known."""
+    """No load now: why, because of which engines, and until when, where that is known.
+
+    `missing_bytes`: of memory; 0 or less when only a place is missing.
+    """
 
     engine: str
     reason: WaitReason
+    missing_bytes: int
     engines: tuple[str, ...] = ()
     until_s: float | None = None
-    missing_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +164,7 @@ def _plan_victims(
         if name in scene.pins:
             continue
         if resident.state not in (EngineState.READY, EngineState.DRAINING):
-            return Blocked(plan.engine, WaitReason.TRANSITION, (name,), missing_bytes=missing)
+            return Blocked(plan.engine, WaitReason.TRANSITION, missing, (name,))
         if resident.lease is not None:
             leased.append(name)
         elif _serves_sooner(scene, name, plan.key):
@@ -208,19 +211,18 @@ def _wait_for(
     sooner: list[str],
 ) -> Blocked:
     """When protection has ended for enough engines, or what else is in the way."""
-    later.sort(key=lambda entry: (entry[0], entry[1].name))
-    for count in range(1, len(later) + 1):
-        chosen = choose_victims(
-            [*free, *(candidate for _, candidate in later[:count])], missing, places
-        )
+    going = list(free)
+    for until_s, candidate in sorted(later, key=lambda entry: (entry[0], entry[1].name)):
+        going.append(candidate)
+        chosen = choose_victims(going, missing, places)
         if chosen is not None:
             names = tuple(each.name for each in chosen)
-            return Blocked(engine, WaitReason.RESIDENCY, names, later[count - 1][0], missing)
+            return Blocked(engine, WaitReason.RESIDENCY, missing, names, until_s)
     if leased:
-        return Blocked(engine, WaitReason.LEASE, tuple(leased), None, missing)
+        return Blocked(engine, WaitReason.LEASE, missing, tuple(leased))
     if sooner:
-        return Blocked(engine, WaitReason.TURN, tuple(sooner), None, missing)
-    return Blocked(engine, WaitReason.ROOM, (), None, missing)
+        return Blocked(engine, WaitReason.TURN, missing, tuple(sooner))
+    return Blocked(engine, WaitReason.ROOM, missing)
 
 
 def _serves_sooner(scene: Scene, name: str, key: Key) -> bool:

@@ -1,6 +1,7 @@
 """Who goes for an engine that is needed: what is missing decides, and what protects counts."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -208,6 +209,108 @@ class TestPlan:
         cached[0].last_used_s = 5.0
         found = plan(scene(1, *cached))
         assert found == LoadPlan("new", KEY, drop_caches=("b",))
+
+    def test_what_fits_is_loaded_though_another_is_on_its_way(self):
+        rules = dataclasses.replace(RULES, max_resident_engines=2)
+        moving = resident("a", 6)
+        moving.state = EngineState.STOPPING
+        assert plan(scene(4, moving, rules=rules)) == LoadPlan("new", KEY)
+
+    def test_what_would_not_fit_alone_is_too_large_whatever_is_pinned(self):
+        assert plan(scene(11, resident("a", 4), pins={"a"})) == TooLarge("new", 11, 10)
+
+    @pytest.mark.parametrize(
+        ("new_gib", "found"),
+        [
+            (6, LoadPlan("new", KEY, drop_caches=("a",))),
+            (7, TooLarge("new", 7, 6, ("a",))),
+        ],
+    )
+    def test_the_cache_of_a_pinned_one_is_not_in_the_way(
+        self, new_gib: int, found: LoadPlan | TooLarge
+    ):
+        pinned = resident("a", 6)
+        pinned.cache_bytes = 2
+        assert plan(scene(new_gib, pinned, pins={"a"})) == found
+
+    @pytest.mark.parametrize(
+        ("missing", "drop_caches", "victims"),
+        [(2, ("a",), ()), (3, ("a", "b"), ()), (4, ("a", "b"), ()), (5, (), ("a",))],
+    )
+    def test_no_more_caches_go_than_are_needed_and_none_where_all_are_too_few(
+        self, missing: int, drop_caches: tuple[str, ...], victims: tuple[str, ...]
+    ):
+        cached = [resident(name, 5) for name in "ab"]
+        for each in cached:
+            each.cache_bytes = 2
+        assert plan(scene(missing, *cached)) == LoadPlan("new", KEY, victims, drop_caches)
+
+    def test_caches_stay_where_a_place_is_missing_as_well(self):
+        rules = dataclasses.replace(RULES, max_resident_engines=1)
+        cached = resident("a", 6)
+        cached.cache_bytes = 2
+        assert plan(scene(5, cached, rules=rules)) == LoadPlan("new", KEY, ("a",))
+
+    def test_one_that_is_surely_wanted_costs_its_load_and_no_more(self):
+        queue = StepQueue()
+        queue.add(step(9, "a", Priority.BATCH))
+        often = {"b": Demand(10_000.0, NOW_S)}
+        residents = resident("a", 4, load_s=3.0), resident("b", 4, load_s=5.0)
+        found = plan(scene(4, *residents, queue=queue, demands=often))
+        assert found == LoadPlan("new", KEY, ("a",))
+
+    @pytest.mark.parametrize(("weight", "goes"), [(0.503, "a"), (0.497, "b")])
+    def test_the_chance_that_it_is_wanted_within_a_minute_counts(self, weight: float, goes: str):
+        every_minute = Demand(300.0 * math.log(2.0) / 60.0, NOW_S)  # the chance is a half
+        used = resident("b", 4)
+        used.facts = dataclasses.replace(used.facts, weight=weight)
+        used.running[7] = Running(step(7, "b"), (0.0, 0), 0.0)
+        found = plan(scene(4, resident("a", 4), used, demands={"a": every_minute}))
+        assert found == LoadPlan("new", KEY, (goes,))
+
+    def test_at_the_end_of_its_residency_it_may_go(self):
+        old = resident("a", 6, ready_s=NOW_S - 10.0, load_s=100.0)
+        assert plan(scene(6, old)) == LoadPlan("new", KEY, ("a",))
+
+    def test_for_one_who_waits_for_it_it_stays_for_longer(self):
+        fresh = resident("a", 6, ready_s=NOW_S - 4.0)
+        assert plan(scene(6, fresh)) == LoadPlan("new", KEY, ("a",))
+        queue = StepQueue()
+        queue.add(step(9, "a", Priority.BATCH))
+        found = plan(scene(6, fresh, queue=queue))
+        assert found == Blocked("new", WaitReason.RESIDENCY, 2, ("a",), NOW_S + 6.0)
+
+
+class TestRoom:
+    """Others have taken so much that not even all engines together would make room."""
+
+    def test_somebody_waits_for_what_others_have_taken(self):
+        found = scene(9, memory=Memory(12, 8))
+        assert plan(found) == Blocked("new", WaitReason.ROOM, 1)
+
+    def test_it_is_looked_at_again_when_the_first_engine_may_go(self):
+        one = resident("a", 3, ready_s=NOW_S - 4.0, load_s=100.0)
+        two = resident("b", 3, ready_s=NOW_S - 7.0, load_s=100.0)
+        found = plan(scene(9, one, two, memory=Memory(12, 2)))
+        assert found == Blocked("new", WaitReason.ROOM, 7, until_s=NOW_S + 3.0)
+
+    def taken(self, others: int, **more: Any) -> Scene:
+        """`a` claims 4 and is known to hold 1: up to 3 of what others seem to use may be its."""
+        idle = resident("a", 4)
+        idle.held_bytes = 1
+        return scene(10, idle, memory=Memory(12, 12 - 1 - others), **more)
+
+    def test_an_idle_engine_goes_that_may_hold_what_others_seem_to_use(self):
+        assert plan(self.taken(5)) == LoadPlan("new", KEY, ("a",))
+        assert plan(self.taken(6)) == Blocked("new", WaitReason.ROOM, 8)
+
+    def test_one_that_is_used_or_wanted_does_not_go_for_what_it_may_hold(self):
+        used = self.taken(5)
+        used.residents["a"].running[7] = Running(step(7, "a"), (0.0, 0), 0.0)
+        assert plan(used) == Blocked("new", WaitReason.ROOM, 7)
+        queue = StepQueue()
+        queue.add(step(9, "a", Priority.BATCH))
+        assert plan(self.taken(5, queue=queue)) == Blocked("new", WaitReason.ROOM, 7)
 
 
 class TestPlanUnderWay:
