@@ -21,20 +21,19 @@ from pathlib import Path
 
 import structlog
 
+from edge_agent import child_process
 from edge_agent.core import StepRequest, StepResult
 from edge_agent.engines import protocol
 from edge_agent.engines.manifest import Manifest
 from edge_agent.errors import LoadFailed, StepFailed, WorkerError
+from edge_agent.frames import Framer
 
 OnText = Callable[[str, int], None]
 OnProgress = Callable[[float], None]
 
 _BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
-_OUTPUT_LINE_BYTES = 4096
 _OUTPUT_LINES = 50
 """The last ones of a worker: they tell why it ended."""
-_OURS_ALONE = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "CREDENTIALS_DIRECTORY"}
-"""What the service manager gives to the daemon: no worker speaks for it or reads its keys."""
 _LOAD_POLL_S = 0.1
 _LAST_WORDS_S = 1.0
 _ALMOST_LOADED = 0.99
@@ -142,7 +141,7 @@ class EngineHost:
     async def _spawn(self, theirs: socket.socket) -> None:
         python = self._settings.python or sys.executable
         arguments = (theirs.fileno(), os.getpid(), self._settings.oom_score_adj)
-        environ = {key: value for key, value in os.environ.items() if key not in _OURS_ALONE}
+        environ = child_process.environment(os.environ)
         environ["TMPDIR"] = self._make_scratch()
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -304,20 +303,11 @@ class EngineHost:
         process = self._process
         if process is None or process.stdout is None:
             return
-        rest = b""
-        while chunk := await process.stdout.read(_OUTPUT_LINE_BYTES):
-            *lines, rest = (rest + chunk).split(b"\n")
-            if len(rest) >= _OUTPUT_LINE_BYTES:
-                lines, rest = [*lines, rest], b""
-            for line in lines:
-                self._log_output(line)
-        self._log_output(rest)
+        await child_process.read_lines(process.stdout, self._log_output)
 
-    def _log_output(self, raw: bytes) -> None:
-        line = raw.decode(errors="replace").rstrip()
-        if line:
-            self.output.append(line)
-            log.info("worker_output", engine=self.manifest.name, pid=self.pid, line=line)
+    def _log_output(self, line: str) -> None:
+        self.output.append(line)
+        log.info("worker_output", engine=self.manifest.name, pid=self.pid, line=line)
 
     async def _watch_load(self) -> None:
         """How much of the engine's files the worker has read: its library may tell nothing."""
@@ -372,7 +362,7 @@ class _Channel(asyncio.Protocol):
     ) -> None:
         self._take = take
         self._hung_up = hung_up
-        self._framer = protocol.Framer()
+        self._framer = Framer()
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

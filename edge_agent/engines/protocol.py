@@ -1,22 +1,18 @@
-"""The messages between the daemon and a worker, and their framing.
+"""The messages between the daemon and a worker.
 
-Version 1: each frame is a big-endian uint32 length and one MessagePack map, tagged by `t`. The
+Version 1: each frame (`edge_agent.frames`) is one MessagePack map, tagged by `t`. The
 first frame of a worker is `Hello`, the first of the daemon is `Load`; both carry the version and a
 mismatch ends the worker. Needs msgspec and nothing else, since a worker may run in an environment
 of its own.
 """
 
-import struct
-from collections.abc import Iterator
-
 import msgspec
 
+from edge_agent import frames
 from edge_agent.core import RunError, StepRequest, StepResult
 from edge_agent.engines.manifest import Manifest
 
 PROTOCOL_VERSION = 1
-MAX_FRAME_BYTES = 64 * 1024 * 1024
-_HEADER = struct.Struct(">I")
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,35 +140,6 @@ def encode(message: ToWorker | ToDaemon) -> bytes:
     """One whole frame.
 
     Raises:
-        ValueError: the frame would exceed MAX_FRAME_BYTES.
+        ValueError: it would exceed `frames.MAX_FRAME_BYTES`.
     """
-    body = _encoder.encode(message)
-    if len(body) > MAX_FRAME_BYTES:
-        raise ValueError(f"frame of {len(body)} bytes, at most {MAX_FRAME_BYTES}")
-    return _HEADER.pack(len(body)) + body
-
-
-class Framer:
-    """Cuts a byte stream into frame bodies; keeps what is incomplete."""
-
-    def __init__(self) -> None:
-        """Start with nothing."""
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """The bodies that `data` completes, in order.
-
-        Raises:
-            ValueError: a length above MAX_FRAME_BYTES; the stream can't be read further.
-        """
-        self._buffer += data
-        while len(self._buffer) >= _HEADER.size:
-            (length,) = _HEADER.unpack_from(self._buffer)
-            if length > MAX_FRAME_BYTES:
-                raise ValueError(f"frame of {length} bytes, at most {MAX_FRAME_BYTES}")
-            end = _HEADER.size + length
-            if len(self._buffer) < end:
-                return
-            body = bytes(self._buffer[_HEADER.size : end])
-            del self._buffer[:end]
-            yield body
+    return frames.frame(_encoder.encode(message))

@@ -5,7 +5,6 @@ own; one thread writes. The process ends when the daemon does, whatever it is do
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
+from edge_agent import child_process
 from edge_agent.backends import create_backend
 from edge_agent.backends.base import Backend, Cancelled, LoadOptions
 from edge_agent.core import RunError
@@ -24,8 +24,8 @@ from edge_agent.decoding.steps import StepDecoder
 from edge_agent.engines import protocol, seal
 from edge_agent.engines.outbox import Outbox
 from edge_agent.errors import EdgeAgentError, StepFailed
+from edge_agent.frames import Framer
 
-_PR_SET_PDEATHSIG = 1
 _RECEIVE_BYTES = 256 * 1024
 
 
@@ -48,7 +48,7 @@ class Worker:
         self._backend: Backend | None = None
         self._decoder: StepDecoder | None = None
 
-    def serve(self, framer: protocol.Framer) -> None:
+    def serve(self, framer: Framer) -> None:
         """Load in the background and take messages until the daemon hangs up or says so."""
         threading.Thread(target=self._write, name="outbox", daemon=True).start()
         threading.Thread(target=self._load_engine, name="load", daemon=True).start()
@@ -157,13 +157,11 @@ def main(fd: int, parent_pid: int, oom_score_adj: int) -> None:
     """Run a worker over the inherited socket `fd`; does not return."""
     # SIGINT at a terminal goes to the whole group; ending workers is the daemon's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the line above
-        os._exit(1)
-    Path("/proc/self/oom_score_adj").write_text(str(oom_score_adj))
+    child_process.follow_parent(parent_pid)
+    child_process.volunteer(oom_score_adj)
     channel = socket.socket(fileno=fd)
     channel.sendall(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION)))
-    framer = protocol.Framer()
+    framer = Framer()
     try:
         load = _first_message(channel, framer)
         if load is not None:
@@ -181,7 +179,7 @@ def _die() -> NoReturn:
     os._exit(1)
 
 
-def _first_message(channel: socket.socket, framer: protocol.Framer) -> protocol.Load | None:
+def _first_message(channel: socket.socket, framer: Framer) -> protocol.Load | None:
     while data := channel.recv(_RECEIVE_BYTES):
         for body in framer.feed(data):
             message = protocol.to_worker_decoder.decode(body)

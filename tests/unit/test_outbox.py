@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
+from edge_agent import frames
 from edge_agent.core import FinishReason, RunError, StepResult, Usage
-from edge_agent.engines import protocol
 from edge_agent.engines.outbox import Outbox
 from edge_agent.engines.protocol import (
     Batch,
     Delta,
     Failed,
     Finished,
-    Framer,
     Pong,
     ToDaemon,
     to_daemon_decoder,
 )
+from edge_agent.frames import Framer
 
 WAIT_S = 10.0
 THE_END = Pong(-1)
@@ -252,8 +252,8 @@ class TestBacklog:
 class TestWhatCannotBeSent:
     @pytest.fixture
     def small_frames(self, monkeypatch: pytest.MonkeyPatch) -> int:
-        monkeypatch.setattr(protocol, "MAX_FRAME_BYTES", 1000)
-        return protocol.MAX_FRAME_BYTES
+        monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 1000)
+        return frames.MAX_FRAME_BYTES
 
     def test_steps_that_are_too_much_together_are_sent_apart(self, small_frames: int):
         reader, text = Reader(), "x" * (small_frames // 2)

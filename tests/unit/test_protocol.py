@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_agent import frames
 from edge_agent.core import (
     BlobPart,
     FinishReason,
@@ -110,12 +111,12 @@ def packed(**fields: Any) -> bytes:
 class TestMessages:
     @given(TO_WORKER)
     def test_what_goes_to_the_worker_comes_out_as_it_went_in(self, message):
-        (body,) = protocol.Framer().feed(protocol.encode(message))
+        (body,) = frames.Framer().feed(protocol.encode(message))
         assert protocol.to_worker_decoder.decode(body) == message
 
     @given(TO_DAEMON)
     def test_what_goes_to_the_daemon_comes_out_as_it_went_in(self, message):
-        (body,) = protocol.Framer().feed(protocol.encode(message))
+        (body,) = frames.Framer().feed(protocol.encode(message))
         assert protocol.to_daemon_decoder.decode(body) == message
 
     def test_refuses_a_message_of_the_other_direction(self):
@@ -152,7 +153,7 @@ class TestFraming:
     def test_frames_come_out_whole_wherever_the_stream_is_cut(self, bodies, cuts):
         stream = b"".join(framed(body) for body in bodies)
         places = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
-        framer = protocol.Framer()
+        framer = frames.Framer()
         found = [
             body
             for start, end in itertools.pairwise(places)
@@ -161,24 +162,24 @@ class TestFraming:
         assert found == bodies
 
     def test_what_a_reader_left_comes_with_the_next_bytes(self):
-        framer = protocol.Framer()
+        framer = frames.Framer()
         assert next(framer.feed(framed(b"one") + framed(b"two"))) == b"one"
         assert list(framer.feed(b"")) == [b"two"]
 
     def test_refuses_a_length_above_the_limit_before_its_bytes_come(self):
-        header = struct.pack(">I", protocol.MAX_FRAME_BYTES + 1)
-        with pytest.raises(ValueError, match=str(protocol.MAX_FRAME_BYTES + 1)):
-            list(protocol.Framer().feed(header))
+        header = struct.pack(">I", frames.MAX_FRAME_BYTES + 1)
+        with pytest.raises(ValueError, match=str(frames.MAX_FRAME_BYTES + 1)):
+            list(frames.Framer().feed(header))
 
     def test_refuses_to_send_what_the_other_end_would_refuse(self):
-        part = "x" * (protocol.MAX_FRAME_BYTES // 2)
+        part = "x" * (frames.MAX_FRAME_BYTES // 2)
         huge = protocol.Batch((protocol.Delta(1, part, 1), protocol.Delta(2, part, 1)))
         with pytest.raises(ValueError, match="at most"):
             protocol.encode(huge)
 
     def test_the_largest_length_is_taken(self):
-        framer = protocol.Framer()
-        header = struct.pack(">I", protocol.MAX_FRAME_BYTES)
+        framer = frames.Framer()
+        header = struct.pack(">I", frames.MAX_FRAME_BYTES)
         assert list(framer.feed(header + b"x")) == []
-        (body,) = framer.feed(b"x" * (protocol.MAX_FRAME_BYTES - 1))
-        assert len(body) == protocol.MAX_FRAME_BYTES
+        (body,) = framer.feed(b"x" * (frames.MAX_FRAME_BYTES - 1))
+        assert len(body) == frames.MAX_FRAME_BYTES
