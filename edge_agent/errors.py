@@ -18,7 +18,10 @@
     │   └── InstallError
     ├── WorkerError               UNAVAILABLE         retryable
     │   └── LoadFailed            FAILED_PRECONDITION not retryable
-    └── StepFailed                INVALID_ARGUMENT    retryable where the worker says so
+    ├── StepFailed                INVALID_ARGUMENT    retryable where the worker says so
+    ├── LedgerFull                RESOURCE_EXHAUSTED  retryable, says when
+    ├── LedgerFailed              UNAVAILABLE         retryable
+    └── LedgerRowCorrupt          DATA_LOSS
 
 Each class names its gRPC code as a string, so that nothing here imports grpc; `api.errors` maps it.
 `reason` is UPPER_SNAKE_CASE and stable; every dynamic part of the message is in `metadata`
@@ -216,3 +219,26 @@ class StepFailed(EdgeAgentError):
     def as_run_error(self) -> RunError:
         """The worker's error, with its own word on whether to try again."""
         return self.error
+
+
+class LedgerFull(EdgeAgentError):
+    """There is no room on disk for more durable runs; `retry_after_s` says when to try again."""
+
+    code = "RESOURCE_EXHAUSTED"
+    retryable = True
+    default_reason = "LEDGER_FULL"
+
+
+class LedgerFailed(EdgeAgentError):
+    """The ledger could not be written or read; what was to be written is not there."""
+
+    code = "UNAVAILABLE"
+    retryable = True
+    default_reason = "LEDGER_FAILED"
+
+
+class LedgerRowCorrupt(EdgeAgentError):
+    """A row of the ledger is not as it was written."""
+
+    code = "DATA_LOSS"
+    default_reason = "LEDGER_ROW_CORRUPT"

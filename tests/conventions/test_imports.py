@@ -56,6 +56,9 @@ LAYERS = {
     "decoding": Layer.PURE,
     "engines.manifest": Layer.PURE,
     "engines.protocol": Layer.PURE,
+    "ledger.rows": Layer.PURE,
+    "ledger.schema": Layer.PURE,
+    "ledger.settings": Layer.PURE,
     "measuring.chart": Layer.PURE,
     "measuring.prompts": Layer.PURE,
     "measuring.results": Layer.PURE,
@@ -84,6 +87,7 @@ LAYERS = {
     "telemetry.thermal": Layer.PURE,
     "backends": Layer.OWNER,
     "engines": Layer.OWNER,
+    "ledger": Layer.OWNER,
     "observability": Layer.OWNER,
     "runs": Layer.OWNER,
     "scheduling": Layer.OWNER,
@@ -100,6 +104,8 @@ LAYERS = {
 
 # Modules that decide, with time and chance handed to them: they read no clock and do no I/O.
 DECIDING = (
+    "ledger.rows",
+    "ledger.schema",
     "measuring.chart",
     "measuring.prompts",
     "measuring.results",
@@ -129,6 +135,7 @@ EFFECTS = frozenset({"asyncio", "random", "socket", "sqlite3", "subprocess", "th
 
 GRPC_HOMES = ("api", "client")
 HOMES = {
+    "apsw": ("ledger",),
     "grpc": GRPC_HOMES,
     "grpc_health": GRPC_HOMES,
     "grpc_reflection": GRPC_HOMES,

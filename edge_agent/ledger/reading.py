@@ -1,0 +1,184 @@
+"""What can be read from the ledger: each function takes a connection and reads within one snapshot.
+
+Writes nothing. A row whose checksum is wrong is an error of its run.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import apsw
+
+from edge_agent.core import Event, Run, RunState
+from edge_agent.errors import LedgerRowCorrupt
+from edge_agent.ledger import rows
+from edge_agent.ledger.changes import StoredRun
+from edge_agent.records import CallRecord, LoggedText, StepRecord
+from edge_agent.runs import history
+
+_RUN = "number, id, client, request_id, digest, created_at_s, spec, crc"
+_HEAD = "run, state, ended_at_s, events, last, running_step, attempts, deaths, head, crc"
+
+
+def unfinished(connection: apsw.Connection) -> tuple[list[StoredRun], list[LedgerRowCorrupt]]:
+    """The runs that have not ended, oldest first, and why others of them can't be read."""
+    found: list[StoredRun] = []
+    broken: list[LedgerRowCorrupt] = []
+    numbers: Sequence[rows.Row] = connection.execute(
+        "SELECT run FROM heads WHERE ended_at_s IS NULL ORDER BY run"
+    ).fetchall()
+    for (number,) in numbers:
+        try:
+            found.append(_stored(connection, number))
+        except LedgerRowCorrupt as error:
+            broken.append(error)
+    return found, broken
+
+
+def find(connection: apsw.Connection, run_id: str) -> StoredRun | None:
+    """One run.
+
+    Raises:
+        LedgerRowCorrupt: a row of it can't be read.
+    """
+    row = connection.execute("SELECT number FROM runs WHERE id = ?", (run_id,)).fetchone()
+    return None if row is None else _stored(connection, row[0])
+
+
+def trace(
+    connection: apsw.Connection, run_id: str
+) -> tuple[tuple[StepRecord, ...], tuple[CallRecord, ...]]:
+    """The records of a run's steps and of its tool calls, in their order.
+
+    Raises:
+        LedgerRowCorrupt: one of them can't be read.
+    """
+    return tuple(_steps(connection, run_id)), tuple(_calls(connection, run_id))
+
+
+def page(
+    connection: apsw.Connection,
+    states: frozenset[RunState],
+    before: tuple[float, str] | None,
+    limit: int,
+) -> tuple[Run, ...]:
+    """Runs without transcripts, newest first; any state where `states` is empty.
+
+    A head that can't be read is left out: the others are of use without it.
+    """
+    where, values = "", list[rows.Value]()
+    if before is not None:
+        where, values = " AND (created_at_s, id) < (?, ?)", [*before]
+    if states:
+        where += f" AND state IN ({','.join('?' * len(states))})"
+        values += [state.value for state in states]
+    found = connection.execute(
+        f"SELECT {_HEAD.replace('run,', 'heads.run,').replace('crc', 'heads.crc')}"  # noqa: S608 - constants
+        " FROM runs JOIN heads ON heads.run = runs.number WHERE true"
+        f"{where} ORDER BY created_at_s DESC, id DESC LIMIT ?",
+        (*values, limit),
+    ).fetchall()
+    return tuple(_readable_heads(found))
+
+
+def counts(connection: apsw.Connection) -> Mapping[RunState, int]:
+    """How many runs have ended in each state."""
+    found = connection.execute(
+        "SELECT state, count(*) FROM heads WHERE ended_at_s IS NOT NULL GROUP BY state"
+    )
+    known = {state.value: state for state in RunState}
+    return {known.get(state, RunState.UNSPECIFIED): count for state, count in found}
+
+
+def results(
+    connection: apsw.Connection, client: str, after_number: int, limit: int
+) -> tuple[Run, ...]:
+    """Ended runs that the client has not acknowledged, by their result number, with transcripts.
+
+    Raises:
+        LedgerRowCorrupt: one of them can't be read.
+    """
+    found = connection.execute(
+        "SELECT number, run, client, acked, crc FROM outcomes"
+        " WHERE client = ? AND number > ? AND acked = 0 ORDER BY number LIMIT ?",
+        (client, after_number, limit),
+    ).fetchall()
+    ended = []
+    for row in found:
+        _, run, _, _ = rows.checked("outcomes", row)
+        ended.append(_with_transcript(_stored(connection, run)))
+    return tuple(ended)
+
+
+def _readable_heads(found: Iterable[rows.Row]) -> Iterator[Run]:
+    for row in found:
+        try:
+            columns = rows.checked("heads", row)
+            yield rows.read_head(columns[0], columns[8])
+        except LedgerRowCorrupt:
+            continue
+
+
+def _stored(connection: apsw.Connection, number: int) -> StoredRun:
+    row = connection.execute(f"SELECT {_RUN} FROM runs WHERE number = ?", (number,)).fetchone()  # noqa: S608 - constants
+    if row is None:
+        raise rows.row_corrupt("runs", number, "it is missing")
+    run_id, spec = row[1], row[6]
+    rows.checked("runs", row)
+    row = connection.execute(f"SELECT {_HEAD} FROM heads WHERE run = ?", (number,)).fetchone()  # noqa: S608 - constants
+    if row is None:
+        raise rows.row_corrupt("heads", number, "it is missing")
+    rows.checked("heads", row)
+    _, _, _, count, _, step, attempts, deaths, head, _ = row
+    events = tuple(_events(connection, run_id, number))
+    if len(events) != count:
+        raise rows.row_corrupt("heads", number, f"{len(events)} of its {count} events are there")
+    return StoredRun(
+        run=rows.read_head(number, head),
+        spec=rows.read_spec(number, spec),
+        events=events,
+        running_step=step,
+        attempts=attempts,
+        deaths=deaths,
+        calls=tuple(_calls(connection, run_id)),
+    )
+
+
+def _events(connection: apsw.Connection, run_id: str, number: int) -> Iterator[Event | LoggedText]:
+    first = number << rows.SEQUENCE_BITS
+    found = connection.execute(
+        "SELECT key, kind, body, crc FROM events WHERE key >= ? AND key < ? ORDER BY key",
+        (first, first + (1 << rows.SEQUENCE_BITS)),
+    )
+    for row in found:
+        rows.checked("events", row)
+        key, kind, body, _ = row
+        yield rows.read_event(run_id, key, kind, body)
+
+
+def _steps(connection: apsw.Connection, run_id: str) -> Iterator[StepRecord]:
+    found = connection.execute(
+        "SELECT number, run_id, step, attempt, at_s, body, crc FROM steps WHERE run_id = ?"
+        " ORDER BY step, attempt",
+        (run_id,),
+    )
+    for number, *row in found:
+        rows.checked("steps", row)
+        yield rows.read_step(number, row[4])
+
+
+def _calls(connection: apsw.Connection, run_id: str) -> Iterator[CallRecord]:
+    found = connection.execute(
+        "SELECT number, run_id, call_id, at_s, body, crc FROM tool_calls WHERE run_id = ?"
+        " ORDER BY number",
+        (run_id,),
+    )
+    for number, *row in found:
+        rows.checked("tool_calls", row)
+        yield rows.read_call(number, row[3])
+
+
+def _with_transcript(stored: StoredRun) -> Run:
+    run = stored.run
+    for item in stored.events:
+        if isinstance(item, Event):
+            run = history.apply(run, item.body)
+    return run
