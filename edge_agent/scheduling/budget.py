@@ -69,25 +69,25 @@ def choose_victims(
     resident. Among equals the one with fewer engines, then with fewer bytes, then by name.
     """
     order = sorted(candidates, key=lambda each: (each.cost, each.name))
-    least = max(missing_places, 1 if missing_bytes > 0 else 0)
-    left_bytes = [sum(each.frees_bytes for each in order[at:]) for at in range(len(order) + 1)]
     best: tuple[tuple[float, int, int, tuple[str, ...]], tuple[Candidate, ...]] | None = None
 
     def extend(at: int, chosen: tuple[Candidate, ...], cost: float, freed: int) -> None:
         nonlocal best
-        if best is not None and cost > best[0][0]:
-            return
-        if freed >= missing_bytes and len(chosen) >= least:
-            names = tuple(sorted(each.name for each in chosen))
-            rank = (math.fsum(each.cost for each in chosen), len(chosen), freed, names)
+        if freed >= missing_bytes and len(chosen) >= missing_places:
+            rank = (cost, len(chosen), freed, tuple(sorted(each.name for each in chosen)))
             if best is None or rank < best[0]:
                 best = (rank, chosen)
             return  # more victims never cost less, and fewer are better
-        if freed + left_bytes[at] < missing_bytes or len(chosen) + len(order) - at < least:
+        rest = order[at:]
+        most = freed + sum(each.frees_bytes for each in rest)
+        if most < missing_bytes or len(chosen) + len(rest) < missing_places:
             return
-        for index in range(at, len(order)):
-            each = order[index]
-            extend(index + 1, (*chosen, each), cost + each.cost, freed + each.frees_bytes)
+        for after, each in enumerate(rest, at + 1):
+            more = (*chosen, each)
+            cost = math.fsum(victim.cost for victim in more)  # exact: a sum by steps is not
+            if best is not None and cost > best[0][0]:
+                return  # so are all that come after it
+            extend(after, more, cost, freed + each.frees_bytes)
 
     extend(0, (), 0.0, 0)
     return best[1] if best else None

@@ -23,9 +23,9 @@ _PLACES = {Heat.UNKNOWN: 0.75, Heat.WARM: 0.75, Heat.THROTTLED: 0.5}
 class Level(enum.IntEnum):
     """NORMAL: engines load. SOFT: none loads, idle ones go. HARD: workers are killed."""
 
-    NORMAL = 0
-    SOFT = 1
-    HARD = 2
+    NORMAL = enum.auto()
+    SOFT = enum.auto()
+    HARD = enum.auto()
 
 
 def next_level(before: Level, machine: MachineView, rules: Rules) -> Level:

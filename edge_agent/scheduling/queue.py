@@ -41,12 +41,15 @@ _Entry = tuple[float, int, QueuedStep]
 
 @dataclass(slots=True)
 class _Flow:
-    """One client's steps of one priority: when its next turn is, and how many of them wait."""
+    """One client's steps of one priority: when its next turn is, and how many of them wait.
+
+    `weight` is what it counts for among its rivals: nothing while none of them waits.
+    """
 
     client: str
     priority: Priority
     tag_s: float
-    weight: float = 1.0
+    weight: float = 0.0
     waiting: int = 0
 
 
@@ -118,7 +121,6 @@ class StepQueue:
         flow = self._flow(step.client, step.priority)
         if not flow.waiting:
             flow.tag_s = max(flow.tag_s, self._virtual_s)
-            flow.weight = 0.0
             self._weigh(flow)
         flow.waiting += 1
         self._counts[step.engine] = self._counts.get(step.engine, 0) + 1
@@ -180,7 +182,7 @@ class StepQueue:
             for lane in lanes.values()
             for entry in lane.entries
         ]
-        return [entry[2] for _, entry in sorted(entries, key=lambda each: (each[0], each[1][:2]))]
+        return [step for _, (_, _, step) in sorted(entries)]
 
     def waiting(self) -> Iterator[QueuedStep]:
         """Everybody who waits, in no order."""
@@ -217,10 +219,11 @@ class StepQueue:
         flow_id = step.client, step.priority
         lanes = self._lanes[step.engine]
         lane = lanes[flow_id]
-        del lane.entries[bisect.bisect_left(lane.entries, entry[:2], key=lambda each: each[:2])]
+        del lane.entries[bisect.bisect_left(lane.entries, entry)]
         lane.flow.waiting -= 1
         if not lane.flow.waiting:
             self._rivals[lane.flow.priority] -= lane.flow.weight
+            lane.flow.weight = 0.0
         self._forget_head(step.engine)
         self._counts[step.engine] -= 1
         if not lane.entries:

@@ -1,6 +1,7 @@
 """Room against the rule in words; victims against all subsets."""
 
 import itertools
+import math
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,7 +52,7 @@ def test_the_most_that_an_engine_can_get_is_what_the_larger_of_reserve_and_floor
 
 
 CANDIDATES = st.lists(
-    st.tuples(st.integers(0, 30), st.sampled_from([0.0, 0.0, 0.5, 1.0, 3.0])), max_size=6
+    st.tuples(st.integers(0, 30), st.sampled_from([0.0, 0.1, 0.2, 0.3, 3.0])), max_size=6
 ).map(lambda pairs: [Candidate(f"e{n}", *pair) for n, pair in enumerate(pairs)])
 
 
@@ -72,7 +73,7 @@ def test_the_victims_are_the_cheapest_of_all_sets_that_are_enough(candidates, mi
     assert {each.name for each in found} in [{each.name for each in chosen} for chosen in subsets]
 
     def rank(chosen):
-        cost = sum(each.cost for each in chosen)
+        cost = math.fsum(each.cost for each in chosen)
         freed = sum(each.frees_bytes for each in chosen)
         return cost, len(chosen), freed, sorted(each.name for each in chosen)
 
@@ -82,3 +83,10 @@ def test_the_victims_are_the_cheapest_of_all_sets_that_are_enough(candidates, mi
 def test_nobody_goes_where_nothing_is_missing():
     assert choose_victims([Candidate("a", 5, 1.0)], 0, 0) == ()
     assert choose_victims([Candidate("a", 5, 1.0)], 1, 0) == (Candidate("a", 5, 1.0),)
+
+
+def test_costs_that_do_not_add_up_in_binary_take_no_engine_more():
+    """0.1 + 0.2 + 0.3 is more than 0.6 when they are added one by one."""
+    free = Candidate("free", 0, 0.0)
+    needed = tuple(Candidate(f"e{n}", 1, n / 10) for n in (1, 2, 3))
+    assert choose_victims([free, *needed], 3, 0) == needed

@@ -224,6 +224,43 @@ def test_a_batch_step_is_overtaken_for_a_bounded_service(upper, rivals, endless)
     assert bound_s - 10.0 * rivals <= service_s <= bound_s + 10.0 * rivals
 
 
+@pytest.mark.parametrize(
+    ("lower", "upper", "seconds"),
+    [
+        (Priority.BATCH, Priority.URGENT, 900.0),
+        (Priority.BATCH, Priority.INTERACTIVE, 780.0),
+        (Priority.BATCH, Priority.NORMAL, 600.0),
+        (Priority.NORMAL, Priority.INTERACTIVE, 180.0),
+        (Priority.INTERACTIVE, Priority.URGENT, 120.0),
+    ],
+)
+def test_after_so_much_service_to_others_a_step_goes_before_a_new_one_of_a_class_above(
+    lower, upper, seconds
+):
+    for served_s, goes_first in ((seconds - 0.5, upper), (seconds + 0.5, lower)):
+        q = StepQueue()
+        q.add(ask(client="late", priority=lower))
+        other = ask("another engine", "other", upper)
+        q.add(other)
+        q.take(other, served_s)
+        q.add(ask(client="new", priority=upper))
+        assert first(q)[1].priority is goes_first
+
+
+def test_whoever_waits_is_listed_by_turn_then_by_deadline():
+    q = queue()
+    done = ask(client="arm")
+    q.add(done)
+    q.take(done, 50.0)
+    second_turn = ask("b", "arm")
+    batch = ask("b", "arm", Priority.BATCH, deadline_s=1.0)
+    soon, sooner, urgent = ask(), ask("b"), ask(client="eye", priority=Priority.URGENT)
+    early, late = ask(client="eye", deadline_s=5.0), ask(client="eye", deadline_s=9.0)
+    for step in (batch, second_turn, soon, late, early, sooner, urgent):
+        q.add(step)
+    assert q.in_order() == [urgent, early, late, second_turn, soon, sooner, batch]
+
+
 def test_the_earliest_deadline_goes_first_within_a_client():
     q = queue()
     steps = [ask(deadline_s=due) for due in (None, 30.0, 10.0, 20.0)]
@@ -284,7 +321,7 @@ def test_nothing_grows_with_what_has_been_served():
     q.add(stays)
     for number in range(3000):
         step = ask("ab"[number % 2], f"c{number}", deadline_s=None if number % 3 else 1e6)
-        q.add(step)
+        q.add(step, again=number % 5 == 0)
         if number % 2:
             q.take(step, 0.1)
         else:
