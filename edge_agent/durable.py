@@ -1,4 +1,4 @@
-"""Small files that are replaced whole or not at all, also when the power fails."""
+"""Files that are replaced whole or not at all, also when the power fails."""
 
 import os
 from pathlib import Path
@@ -11,9 +11,17 @@ def replace(path: Path, content: bytes) -> None:
         OSError: as the file system says; the old content is still there.
     """
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
+    partial.write_bytes(content)
+    settle(partial, path)
+
+
+def settle(partial: Path, path: Path) -> None:
+    """Put a file that is written in the place of another; it is on disk when this returns. Blocks.
+
+    Raises:
+        OSError: as the file system says; the old content is still there.
+    """
+    with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
     sync(path.parent)

@@ -7,8 +7,10 @@ and blocks it nowhere but in `open`.
 import asyncio
 import functools
 import queue
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
@@ -19,7 +21,7 @@ from edge_agent.errors import LedgerFailed, LedgerFull
 from edge_agent.ledger import opening, reading
 from edge_agent.ledger.changes import Change, StoredRun
 from edge_agent.ledger.settings import LedgerSettings
-from edge_agent.ledger.writer import Entry, Writer
+from edge_agent.ledger.writer import RETRY_AFTER_FULL_S, Entry, Writer
 from edge_agent.records import CallRecord, StepRecord
 
 _READERS: Final = 2
@@ -27,45 +29,64 @@ _MAX_NOTES: Final = 4096
 _CLOSE_WITHIN_S: Final = 10.0
 _RESERVE: Final = 0.1
 """The part of the file that is kept for the runs that are there."""
-_RETRY_AFTER_FULL_S: Final = 60.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A connection that reads, and which opening of the file it is of."""
+
+    connection: apsw.Connection
+    opened: int
+
+
 class Ledger:
     """One SQLite file: written by one thread, read by a few."""
 
-    def __init__(
-        self, path: Path, settings: LedgerSettings, writer: Writer, problems: tuple[str, ...]
-    ) -> None:
+    def __init__(self, path: Path, settings: LedgerSettings, writer: Writer) -> None:
         """Of an opened file; see `open`."""
         self._path = path
         self._settings = settings
         self._writer = writer
-        self.problems = problems
         self._unreadable: tuple[str, ...] = ()
         self._closed = False
         self._notes = 0
         self._notes_dropped = 0
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="ledger-reader")
-        self._connections: queue.SimpleQueue[apsw.Connection] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[_Reader] = queue.SimpleQueue()
 
     @classmethod
-    def open(cls, directory: Path, settings: LedgerSettings, *, vfs: str | None = None) -> "Ledger":
+    def open(
+        cls,
+        directory: Path,
+        settings: LedgerSettings,
+        *,
+        vfs: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> "Ledger":
         """The ledger in this directory, recovered as far as it can be. Blocks.
 
-        What was lost or set aside on the way is in `problems`. `vfs` is for tests.
+        What was lost or set aside on the way is in `problems`. `clock` is Unix time. With a `vfs`
+        of its own, which tests bring, the file can't be read while it is written.
 
         Raises:
             LedgerFailed: no file can be opened or made there.
         """
+        open_file = functools.partial(
+            opening.open_file, directory, settings.max_bytes, vfs=vfs, clock=clock
+        )
         try:
-            opened = opening.open_file(directory, settings.max_bytes, vfs)
+            writer = Writer(directory, settings, open_file, clock)
         except (apsw.Error, OSError) as error:
             raise _failed("opening", error) from error
-        writer = Writer(opened.connection)
-        return cls(directory / opening.FILE_NAME, settings, writer, opened.problems)
+        return cls(directory / opening.FILE_NAME, settings, writer)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What was lost or set aside when the file was opened."""
+        return self._writer.problems
 
     @property
     def degraded(self) -> tuple[str, ...]:
@@ -73,6 +94,8 @@ class Ledger:
         now = [*self.problems, *self._unreadable]
         if self._writer.trouble is not None:
             now.append(self._writer.trouble)
+        if self._writer.disk_full:
+            now.append("the disk is full: no more durable runs are accepted")
         if self._notes_dropped:
             now.append(f"{self._notes_dropped} records were dropped, because too many waited")
         return tuple(now)
@@ -91,13 +114,13 @@ class Ledger:
         loop = asyncio.get_running_loop()
         written: asyncio.Future[tuple[object, ...]] = loop.create_future()
 
-        def done(values: tuple[object, ...] | None, error: Exception | None) -> None:
+        def done(values: tuple[object, ...], error: Exception | None) -> None:
             if written.cancelled():
                 return
             if error is not None:
                 written.set_exception(error)
             else:
-                written.set_result(values or ())
+                written.set_result(values)
 
         self._refuse_when_closed()
         self._writer.put(Entry(changes, loop, done))
@@ -132,7 +155,12 @@ class Ledger:
             raise LedgerFull(
                 f"the ledger has {used} of {most} bytes, and keeps the rest for the runs in it",
                 metadata={"used_bytes": used, "max_bytes": most},
-                retry_after_s=_RETRY_AFTER_FULL_S,
+                retry_after_s=RETRY_AFTER_FULL_S,
+            )
+        if self._writer.disk_full:
+            raise LedgerFull(
+                "the disk is full, and what is left of it is kept for the runs that are there",
+                retry_after_s=RETRY_AFTER_FULL_S,
             )
 
     # --- reading ---
@@ -191,26 +219,34 @@ class Ledger:
         **kwargs: P.kwargs,
     ) -> T:
         try:
-            connection = self._reader()
+            reader = self._reader()
             try:
-                connection.execute("BEGIN")
-                return function(connection, *args, **kwargs)
+                reader.connection.execute("BEGIN")
+                return function(reader.connection, *args, **kwargs)
             finally:
-                connection.execute("ROLLBACK")
-                self._connections.put(connection)
+                reader.connection.execute("ROLLBACK")
+                self._idle.put(reader)
         except apsw.Error as error:
+            if isinstance(error, opening.BROKEN):
+                self._writer.suspect()
             raise _failed("reading", error) from error
 
-    def _reader(self) -> apsw.Connection:
-        try:
-            return self._connections.get_nowait()
-        except queue.Empty:
-            return opening.connect_reader(self._path)
+    def _reader(self) -> _Reader:
+        """A connection to the file as it was opened last."""
+        opened = self._writer.opened
+        while True:
+            try:
+                reader = self._idle.get_nowait()
+            except queue.Empty:
+                return _Reader(opening.connect_reader(self._path), opened)
+            if reader.opened == opened:
+                return reader
+            reader.connection.close()
 
     def _close(self) -> None:
         self._pool.shutdown()
-        while not self._connections.empty():
-            self._connections.get_nowait().close()
+        while not self._idle.empty():
+            self._idle.get_nowait().connection.close()
         if not self._writer.close(_CLOSE_WITHIN_S):
             raise _failed("closing", TimeoutError("it still writes"))
 

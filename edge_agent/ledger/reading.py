@@ -3,6 +3,7 @@
 Writes nothing. A row whose checksum is wrong is an error of its run.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import apsw
@@ -70,13 +71,17 @@ def page(
     if states:
         where += f" AND state IN ({','.join('?' * len(states))})"
         values += [state.value for state in states]
-    found = connection.execute(
-        f"SELECT {_HEAD.replace('run,', 'heads.run,').replace('crc', 'heads.crc')}"  # noqa: S608 - constants
-        " FROM runs JOIN heads ON heads.run = runs.number WHERE true"
+    numbers: Sequence[rows.Row] = connection.execute(
+        "SELECT number FROM runs JOIN heads ON heads.run = runs.number WHERE true"  # noqa: S608 - marks
         f"{where} ORDER BY created_at_s DESC, id DESC LIMIT ?",
         (*values, limit),
     ).fetchall()
-    return tuple(_readable_heads(found))
+    heads = []
+    for (number,) in numbers:
+        with contextlib.suppress(LedgerRowCorrupt):
+            head = _head(connection, number)
+            heads.append(rows.read_head(number, head[8]))
+    return tuple(heads)
 
 
 def counts(connection: apsw.Connection) -> Mapping[RunState, int]:
@@ -100,40 +105,25 @@ def results(
         "SELECT number, run, client, acked, crc FROM outcomes"
         " WHERE client = ? AND number > ? AND acked = 0 ORDER BY number LIMIT ?",
         (client, after_number, limit),
-    ).fetchall()
+    )
     ended = []
-    for row in found:
+    for row in list(_fetched("outcomes", found)):
         _, run, _, _ = rows.checked("outcomes", row)
         ended.append(_with_transcript(_stored(connection, run)))
     return tuple(ended)
 
 
-def _readable_heads(found: Iterable[rows.Row]) -> Iterator[Run]:
-    for row in found:
-        try:
-            columns = rows.checked("heads", row)
-            yield rows.read_head(columns[0], columns[8])
-        except LedgerRowCorrupt:
-            continue
-
-
 def _stored(connection: apsw.Connection, number: int) -> StoredRun:
-    row = connection.execute(f"SELECT {_RUN} FROM runs WHERE number = ?", (number,)).fetchone()  # noqa: S608 - constants
-    if row is None:
-        raise rows.row_corrupt("runs", number, "it is missing")
-    run_id, spec = row[1], row[6]
-    rows.checked("runs", row)
-    row = connection.execute(f"SELECT {_HEAD} FROM heads WHERE run = ?", (number,)).fetchone()  # noqa: S608 - constants
-    if row is None:
-        raise rows.row_corrupt("heads", number, "it is missing")
-    rows.checked("heads", row)
-    _, _, _, count, _, step, attempts, deaths, head, _ = row
+    row = _row(connection, "runs", _RUN, "number", number)
+    head = _head(connection, number)
+    run_id = row[1]
+    _, _, _, count, _, step, attempts, deaths, body = head
     events = tuple(_events(connection, run_id, number))
     if len(events) != count:
         raise rows.row_corrupt("heads", number, f"{len(events)} of its {count} events are there")
     return StoredRun(
-        run=rows.read_head(number, head),
-        spec=rows.read_spec(number, spec),
+        run=rows.read_head(number, body),
+        spec=rows.read_spec(number, row[6]),
         events=events,
         running_step=step,
         attempts=attempts,
@@ -142,15 +132,33 @@ def _stored(connection: apsw.Connection, number: int) -> StoredRun:
     )
 
 
+def _head(connection: apsw.Connection, number: int) -> rows.Row:
+    return _row(connection, "heads", _HEAD, "run", number)
+
+
+def _row(connection: apsw.Connection, table: str, columns: str, key: str, number: int) -> rows.Row:
+    query = f"SELECT {columns} FROM {table} WHERE {key} = ?"  # noqa: S608 - constants
+    for row in _fetched(table, connection.execute(query, (number,))):
+        return rows.checked(table, row)
+    raise rows.row_corrupt(table, number, "it is missing")
+
+
+def _fetched(table: str, cursor: Iterable[rows.Row]) -> Iterator[rows.Row]:
+    """What a query finds; SQLite does not look whether texts are UTF-8, but Python does."""
+    try:
+        yield from cursor
+    except UnicodeDecodeError as error:
+        raise rows.row_corrupt(table, None, "a text in it is not UTF-8") from error
+
+
 def _events(connection: apsw.Connection, run_id: str, number: int) -> Iterator[Event | LoggedText]:
     first = number << rows.SEQUENCE_BITS
     found = connection.execute(
         "SELECT key, kind, body, crc FROM events WHERE key >= ? AND key < ? ORDER BY key",
         (first, first + (1 << rows.SEQUENCE_BITS)),
     )
-    for row in found:
-        rows.checked("events", row)
-        key, kind, body, _ = row
+    for row in _fetched("events", found):
+        key, kind, body = rows.checked("events", row)
         yield rows.read_event(run_id, key, kind, body)
 
 
@@ -160,7 +168,7 @@ def _steps(connection: apsw.Connection, run_id: str) -> Iterator[StepRecord]:
         " ORDER BY step, attempt",
         (run_id,),
     )
-    for number, *row in found:
+    for number, *row in _fetched("steps", found):
         rows.checked("steps", row)
         yield rows.read_step(number, row[4])
 
@@ -171,7 +179,7 @@ def _calls(connection: apsw.Connection, run_id: str) -> Iterator[CallRecord]:
         " ORDER BY number",
         (run_id,),
     )
-    for number, *row in found:
+    for number, *row in _fetched("tool_calls", found):
         rows.checked("tool_calls", row)
         yield rows.read_call(number, row[3])
 
