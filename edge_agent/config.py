@@ -15,6 +15,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -26,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from edge_agent.core import ANSWER, SideEffect
 from edge_agent.engines.manifest import BACKENDS, NAME
 from edge_agent.errors import ConfigError, FieldViolation
 from edge_agent.paths import engines_dir
@@ -37,6 +39,7 @@ from edge_agent.strict_yaml import (
     format_path,
     read_yaml,
 )
+from edge_agent.tools.settings import BUILTINS, TOOL_NAME
 from edge_agent.units import KIB, MIB, format_duration, format_size, parse_duration, parse_size
 
 RESTART_KEYS: Final = (
@@ -45,6 +48,8 @@ RESTART_KEYS: Final = (
     "log.format",
     "telemetry.sysroot",
     "telemetry.interval",
+    "tools.servers",
+    "tools.allow",
 )
 """Keys that only take effect at the next start; a reload changes all others.
 
@@ -92,6 +97,7 @@ Threads = Annotated[int, Field(ge=1, le=1024)]
 EngineName = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
 BackendKey = Annotated[str, BeforeValidator(_backend)]
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]
+ToolName = Annotated[str, StringConstraints(pattern=f"^{TOOL_NAME.pattern}$")]
 
 
 class Section(BaseModel):
@@ -193,6 +199,49 @@ class Telemetry(Section):
     interval_s: Duration = Field(default=0.25, ge=0.05, le=1.0, alias="interval")
 
 
+class ToolServer(Section):
+    """An MCP server: started with `command`, or reached at `url`; see `_server`."""
+
+    command: Annotated[tuple[str, ...], BeforeValidator(_empty_list)] = ()
+    environment: Annotated[Mapping[str, str], BeforeValidator(_empty_mapping)] = Field(
+        default_factory=dict
+    )
+    directory: AbsolutePath | None = None
+    url: str | None = None
+    headers_file: AbsolutePath | None = None
+
+
+class AllowedTool(Section):
+    """A tool that the daemon executes: a built-in, or `tool` of `server`; see `_allowed`."""
+
+    builtin: str | None = None
+    server: str | None = None
+    tool: str | None = None
+    side_effect: Literal["NONE", "IDEMPOTENT", "NON_IDEMPOTENT"] | None = None
+    timeout_s: Duration = Field(default=30.0, alias="timeout")
+    rate_limit: Annotated[int, Field(ge=1, le=100_000)] | None = 60
+    needs_approval: bool = False
+
+
+class Tools(Section):
+    """What the daemon executes itself, and nothing else."""
+
+    servers: Annotated[Mapping[EngineName, ToolServer], BeforeValidator(_empty_mapping)] = Field(
+        default_factory=dict
+    )
+    allow: Annotated[Mapping[ToolName, AllowedTool], BeforeValidator(_empty_mapping)] = Field(
+        default_factory=dict
+    )
+
+
+_NAMED_SECTIONS: Final[Mapping[str, type[Section]]] = {
+    "engines": EngineOverride,
+    "tools.servers": ToolServer,
+    "tools.allow": AllowedTool,
+}
+"""Sections that are found below names of the operator's own."""
+
+
 class Shutdown(Section):
     """How the daemon ends."""
 
@@ -212,6 +261,7 @@ class Config(Section):
     scheduling: Scheduling = Field(default_factory=Scheduling)
     worker: Worker = Field(default_factory=Worker)
     telemetry: Telemetry = Field(default_factory=Telemetry)
+    tools: Tools = Field(default_factory=Tools)
     shutdown: Shutdown = Field(default_factory=Shutdown)
 
 
@@ -337,7 +387,7 @@ def _describe(path: KeyPath, entry: Any) -> str:
         "literal_error": f"must be one of {limits.get('expected')}",
         "mapping_type": "must be a mapping of keys to values",
         "model_type": "must be a mapping of keys to values",
-        "string_pattern_mismatch": f"must match {NAME.pattern}",
+        "string_pattern_mismatch": f"must match {str(limits.get('pattern')).strip('^$')}",
         "string_type": "must be text: put it in quotes",
         "tuple_type": "must be a list",
         "value_error": str(limits.get("error")),
@@ -369,8 +419,10 @@ def _nearest_key(path: KeyPath) -> str:
     """A hint after an unknown key: the nearest one beside it, else the nearest anywhere."""
     *above, last = (str(key) for key in path)
     prefix = "".join(f"{key}." for key in above)
-    if above and above[0] == "engines":
-        return _nearest(last, tuple(EngineOverride.model_fields))
+    named = _NAMED_SECTIONS.get(".".join(above[:-1]))
+    if named is not None:
+        known_there = tuple(field.alias or name for name, field in named.model_fields.items())
+        return _nearest(last, known_there) or f", known here: {', '.join(known_there)}"
     known = known_keys()
     beside = {key.removeprefix(prefix).split(".")[0] for key in known if key.startswith(prefix)}
     hint = _nearest(last, tuple(beside), prefix)
@@ -413,6 +465,10 @@ def _across(config: Config, wrong: set[str]) -> Iterator[FieldViolation]:
         limit = format_duration(worker.heartbeat_interval_s)
         yield FieldViolation(timeout, f"{said} ({limit})")
     yield from _floors(config.scheduling, violated)
+    for name, server in config.tools.servers.items():
+        yield from _server(format_path(("tools", "servers", name)), server)
+    for name, allowed in config.tools.allow.items():
+        yield from _allowed(name, allowed, config.tools.servers)
     room = config.scheduling.max_resident_engines
     limit_key = "scheduling.max_resident_engines"
     if violated(len(config.preload) > room, "preload", limit_key):
@@ -432,6 +488,51 @@ def _floors(
     if soft is not None and hard is not None and violated(hard >= soft, hard_key, soft_key):
         said = f"{format_size(hard)}, must be below {soft_key} ({format_size(soft)})"
         yield FieldViolation(hard_key, said)
+
+
+def _server(key: str, server: ToolServer) -> Iterator[FieldViolation]:
+    """Exactly one way to reach it, and only what goes with that. What may be a key is not told."""
+    if bool(server.command) == (server.url is not None):
+        yield FieldViolation(key, "must have exactly one of command and url")
+    elif server.url is None:
+        if not server.command[0].startswith("/"):
+            said = f"{_show(server.command[0])} must be the absolute path of a program"
+            yield FieldViolation(f"{key}.command", said)
+        if server.headers_file is not None:
+            yield FieldViolation(f"{key}.headers_file", "goes with url, not with command")
+    else:
+        parts = urlsplit(server.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            said = "must be http:// or https:// and a host; keys belong into headers_file"
+            yield FieldViolation(f"{key}.url", said)
+        for name in ("environment", "directory"):
+            if getattr(server, name):
+                yield FieldViolation(f"{key}.{name}", "goes with command, not with url")
+
+
+def _allowed(
+    name: str, allowed: AllowedTool, servers: Mapping[str, ToolServer]
+) -> Iterator[FieldViolation]:
+    """A built-in or a server's tool, and what a call of it leaves behind, which nobody guesses."""
+    key = format_path(("tools", "allow", name))
+    if name == ANSWER:
+        yield FieldViolation(key, f'"{ANSWER}" is taken by the branch that answers in words')
+    if allowed.side_effect is None:
+        said = f"is missing, must be one of {', '.join(SideEffect)}"
+        yield FieldViolation(f"{key}.side_effect", said)
+    names_server = allowed.server is not None or allowed.tool is not None
+    if (allowed.builtin is not None) == names_server:
+        yield FieldViolation(key, "must have either builtin, or server and tool")
+    elif allowed.builtin is not None:
+        if allowed.builtin not in BUILTINS:
+            said = f"{_show(allowed.builtin)}, must be one of {', '.join(BUILTINS)}"
+            yield FieldViolation(f"{key}.builtin", said)
+    elif allowed.server is None or not allowed.tool:
+        yield FieldViolation(key, "must have both server and tool")
+    elif allowed.server not in servers:
+        known = ", ".join(servers) or "there is none"
+        said = f"{_show(allowed.server)}, must be one of tools.servers: {known}"
+        yield FieldViolation(f"{key}.server", said)
 
 
 def _report(source: str, violations: list[FieldViolation], lines: Mapping[str, int]) -> ConfigError:

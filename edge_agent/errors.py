@@ -11,6 +11,8 @@
     ├── OutcomeUnknown            ABORTED
     ├── Overloaded                RESOURCE_EXHAUSTED  retryable, says when
     ├── Unavailable               UNAVAILABLE         retryable
+    ├── ToolUnavailable           UNAVAILABLE         retryable; the call may have begun
+    │   └── ToolNotReady          FAILED_PRECONDITION retryable; nothing has begun
     ├── DeadlineExceeded          DEADLINE_EXCEEDED
     ├── Unsupported               UNIMPLEMENTED
     ├── EngineError               FAILED_PRECONDITION
@@ -154,6 +156,21 @@ class Unavailable(EdgeAgentError):
     code = "UNAVAILABLE"
     retryable = True
     default_reason = "UNAVAILABLE"
+
+
+class ToolUnavailable(EdgeAgentError):
+    """Who executes a tool of the daemon's was lost during the call: it may have acted."""
+
+    code = "UNAVAILABLE"
+    retryable = True
+    default_reason = "TOOL_LOST"
+
+
+class ToolNotReady(ToolUnavailable):
+    """Who executes a tool of the daemon's is not up: nothing has begun."""
+
+    code = "FAILED_PRECONDITION"
+    default_reason = "TOOL_NOT_READY"
 
 
 class DeadlineExceeded(EdgeAgentError):

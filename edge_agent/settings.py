@@ -3,7 +3,14 @@
 from collections.abc import Callable
 
 from edge_agent.api.ports import RequestLimits
-from edge_agent.config import Config, EngineOverride, Scheduling
+from edge_agent.config import (
+    AllowedTool,
+    Config,
+    EngineOverride,
+    Scheduling,
+    ToolServer,
+)
+from edge_agent.core import SideEffect
 from edge_agent.engines.host import WorkerSettings
 from edge_agent.engines.manifest import Manifest
 from edge_agent.engines.protocol import Options
@@ -13,6 +20,7 @@ from edge_agent.scheduling import reserve
 from edge_agent.scheduling.loading import LoadingSettings
 from edge_agent.scheduling.scheduler import SchedulerSettings
 from edge_agent.scheduling.values import Rules
+from edge_agent.tools import settings as tools
 
 
 def scheduler_settings(
@@ -105,6 +113,38 @@ def run_settings(config: Config) -> RunSettings:
         max_active=runs.max_active,
         retention_s=runs.retention_s,
         max_retained=runs.max_retained,
+    )
+
+
+def tools_settings(config: Config) -> tools.ToolsSettings:
+    """What the configuration says about the daemon's own tools."""
+    return tools.ToolsSettings(
+        servers={name: _tool_server(server) for name, server in config.tools.servers.items()},
+        allow={name: _allowed_tool(allowed) for name, allowed in config.tools.allow.items()},
+        max_result_bytes=config.runs.max_tool_result_bytes,
+        oom_score_adj=config.worker.oom_score_adj,
+    )
+
+
+def _tool_server(server: ToolServer) -> tools.Server:
+    if server.url is not None:
+        return tools.HttpServer(server.url, str(server.headers_file or "") or None)
+    directory = str(server.directory or "") or None
+    return tools.CommandServer(server.command, dict(server.environment), directory)
+
+
+def _allowed_tool(allowed: AllowedTool) -> tools.AllowedTool:
+    source = (
+        tools.Builtin(allowed.builtin)
+        if allowed.builtin is not None
+        else tools.ServerTool(allowed.server or "", allowed.tool or "")
+    )
+    return tools.AllowedTool(
+        source,
+        SideEffect(allowed.side_effect or SideEffect.NON_IDEMPOTENT),
+        timeout_s=allowed.timeout_s,
+        rate_limit=allowed.rate_limit,
+        needs_approval=allowed.needs_approval,
     )
 
 

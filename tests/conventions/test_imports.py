@@ -85,6 +85,11 @@ LAYERS = {
     "telemetry.reading": Layer.PURE,
     "telemetry.snapshot": Layer.PURE,
     "telemetry.thermal": Layer.PURE,
+    "tools.bucket": Layer.PURE,
+    "tools.pause": Layer.PURE,
+    "tools.protocol": Layer.PURE,
+    "tools.results": Layer.PURE,
+    "tools.settings": Layer.PURE,
     "backends": Layer.OWNER,
     "engines": Layer.OWNER,
     "ledger": Layer.OWNER,
@@ -92,6 +97,7 @@ LAYERS = {
     "runs": Layer.OWNER,
     "scheduling": Layer.OWNER,
     "telemetry": Layer.OWNER,
+    "tools": Layer.OWNER,
     "api": Layer.API,
     "client": Layer.API,
     "daemon": Layer.DAEMON,
@@ -130,6 +136,9 @@ DECIDING = (
     "telemetry.energy",
     "telemetry.snapshot",
     "telemetry.thermal",
+    "tools.bucket",
+    "tools.pause",
+    "tools.results",
 )
 EFFECTS = frozenset({"asyncio", "random", "socket", "sqlite3", "subprocess", "threading", "time"})
 
@@ -147,6 +156,12 @@ HOMES = {
     "tensorrt_edgellm": ("backends.tensorrt_edgellm",),
     "tensorrt_llm": ("backends.tensorrt_llm",),
     "xllamacpp": ("backends.llama_cpp",),
+    # What speaks to MCP servers, in a process of its own.
+    "anyio": ("tools.mcp_host",),
+    "httpx2": ("tools.mcp_host",),
+    "jsonschema": ("tools.mcp_host",),
+    "mcp": ("tools.mcp_host",),
+    "mcp_types": ("tools.mcp_host",),
 }
 
 # Only a worker, and doctor, load the code of a backend.
@@ -391,6 +406,11 @@ PLANTED = {
         "imports v1.types_pb2",
     ),
     "pydantic": ("runs/x.py", "import pydantic\n", "runs.x imports pydantic, at home in config"),
+    "mcp in the daemon": (
+        "daemon.py",
+        "def f():\n    import mcp\n",
+        "daemon imports mcp, at home in tools.mcp_host",
+    ),
     "pynvml": ("doctor.py", "import pynvml\n", "doctor imports pynvml, at home in telemetry.nvml"),
     "xllamacpp": ("engines/x.py", "import xllamacpp\n", "engines.x imports xllamacpp"),
     "a backend outside a worker": (

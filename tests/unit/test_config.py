@@ -63,6 +63,7 @@ class TestExample:
         text = EXAMPLE.read_text()
         text = text.replace("engines: {}", "engines:").replace("python: {}", "python:")
         text = text.replace("client_weights: {}", "client_weights:")
+        text = text.replace("servers: {}", "servers:").replace("allow: {}", "allow:")
         text = re.sub(r"^( *)#   (\S+:( .*)?)$", r"\1    \2", text, flags=re.MULTILINE)
         text = re.sub(
             r"^( *)#     (slots|context_tokens|threads|pinned)",
@@ -71,13 +72,17 @@ class TestExample:
             flags=re.MULTILINE,
         )
         # examples stand before their key: move them behind it
-        for key in ("engines", "  python", "  client_weights"):
+        for key in ("engines", "  python", "  client_weights", "  servers", "  allow"):
             examples = rf"((?:^    .*\n|^      .*\n)+)(^{key}:\n)"
             text = re.sub(examples, r"\2\1", text, flags=re.MULTILINE)
         config = parse_config(text, "example with its examples")
         assert config.engines["smollm2-135m-instruct"].slots == 2
         assert config.engines["smollm2-135m-instruct"].context_tokens == 2048
         assert config.worker.python["llama_cpp"].name == "python"
+        assert config.tools.servers["stock"].command == ("/usr/bin/stock-server", "--quiet")
+        assert config.tools.servers["maps"].url == "http://127.0.0.1:8000/mcp"
+        assert config.tools.allow["order_part"].side_effect == "NON_IDEMPOTENT"
+        assert config.tools.allow["find_part"].rate_limit is None
 
     def test_each_stated_range_is_the_one_in_code(self):
         """`8 to 2048` in the comment above a key is what the code refuses just outside of."""
@@ -337,7 +342,7 @@ class TestRestart:
 
     def test_the_example_marks_just_these(self):
         text = EXAMPLE.read_text()
-        marked = re.findall(r"At the next start\.[^\n]*\n *(\w+):", text)
+        marked = re.findall(r"At the next start\.[^\n]*\n(?: *#[^\n]*\n)* *(\w+):", text)
         assert marked == [key.rpartition(".")[2] for key in RESTART_KEYS]
 
     def test_names_what_changed_and_waits(self):

@@ -1,0 +1,1 @@
+"""The tools that the daemon executes itself: its built-ins, and those of MCP servers."""
