@@ -86,12 +86,14 @@ def _wait(state: State, step: QueuedStep, cause: _Cause, position: int, now_s: f
 
 def _starts_in_s(state: State, engine: str, cause: _Cause, position: int) -> float | None:
     """The first one's start, then as fast as the engine was measured to get steps done."""
+    if cause.ready_in_s is None or position == 1:
+        return cause.ready_in_s
     step_s = state.pace(engine).step_s
-    if cause.ready_in_s is None or (step_s is None and position > 1):
+    if step_s is None:
         return None
     resident = state.residents.get(engine)
     places = state.parallel(resident) if resident and resident.slots else 1
-    return cause.ready_in_s + (position - 1) / places * (step_s or 0.0) * _slowdown(state)
+    return cause.ready_in_s + (position - 1) / places * step_s * _slowdown(state)
 
 
 def _cause(state: State, engine: str, now_s: float) -> _Cause:
@@ -103,7 +105,7 @@ def _cause(state: State, engine: str, now_s: float) -> _Cause:
     if resident.state is EngineState.LOADING:
         left_s = max(0.0, resident.facts.load_s - (now_s - resident.asked_s))
         text = f"{engine} is being loaded, for {now_s - resident.asked_s:.1f} s so far"
-        return _Cause(WaitReason.LOADING, text, (engine,), 0, left_s)
+        return _Cause(WaitReason.LOADING, text, (engine,), ready_in_s=left_s)
     if resident.state is EngineState.DRAINING:
         text = f"{engine} leaves for {resident.why}, whose step has its turn sooner"
         return _Cause(WaitReason.DRAINING, text, (resident.why,))
@@ -117,7 +119,7 @@ def _taken(state: State, resident: Resident, now_s: float) -> _Cause:
     if parallel < resident.slots and running >= parallel:
         heat = state.machine.heat.value
         text = f"{running} steps run; only {parallel} of {resident.slots} may while heat is {heat}"
-        return _Cause(WaitReason.HEAT, text, (resident.name,), 0, ready_in_s)
+        return _Cause(WaitReason.HEAT, text, (resident.name,), ready_in_s=ready_in_s)
     text = f"all {parallel} places of {resident.name} are taken"
     if parallel == 1:
         text = f"the only place of {resident.name} is taken"
@@ -126,7 +128,7 @@ def _taken(state: State, resident: Resident, now_s: float) -> _Cause:
         text = (
             f"{free} tokens are free in the KV cache of {resident.name}, the next step needs more"
         )
-    return _Cause(WaitReason.PLACE, text, (resident.name,), 0, ready_in_s)
+    return _Cause(WaitReason.PLACE, text, (resident.name,), ready_in_s=ready_in_s)
 
 
 def _absent(state: State, engine: str, now_s: float) -> _Cause:
@@ -169,7 +171,7 @@ def _waits_for_others(state: State, key: Key, step: QueuedStep, now_s: float) ->
 
 def _blocked(state: State, plan: Blocked, now_s: float) -> _Cause:
     names = ", ".join(plan.engines)
-    left_s = None if plan.until_s is None else max(0.0, plan.until_s - now_s)
+    left_s = None if plan.until_s is None else plan.until_s - now_s
     load_s = state.facts[plan.engine].load_s
     ready_in_s = None if left_s is None else left_s + load_s
     text = {

@@ -57,8 +57,7 @@ class Quarantine:
     def refusal(self, manifest: Manifest) -> EngineError | None:
         """Why this engine must not be loaded; None when it may."""
         suspect = self._suspects.get(manifests.digest(manifest))
-        boots = len(suspect.boot_ids) if suspect else 0
-        if boots < _BOOTS:
+        if suspect is None or (boots := len(suspect.boot_ids)) < _BOOTS:
             return None
         return EngineError(
             f"engine {manifest.name} is in quarantine: {boots} boots ended inside its "

@@ -59,14 +59,18 @@ MODULES = {
     "footprint": ("test_footprint.py",),
     "failures": ("test_load_failures.py",),
     "backoff": ("test_load_failures.py",),
-    "reserve": ("test_scheduler_machine.py",),
+    "reserve": ("scheduling/test_reserve.py",),
     "quarantine": ("test_quarantine.py",),
     "explain": (EXPLAIN,),
     "residents": ("scheduling/test_residents.py", EXPLAIN, *WHOLE),
-    "eviction": ("scheduling/test_eviction.py", *WHOLE),
+    "eviction": ("scheduling/test_eviction.py",),
     "state": ("scheduling/test_state.py",),
-    "making_room": WHOLE,
-    "planner": ("scheduling/test_planner.py", "scheduling/test_power_mode.py", *WHOLE),
+    "making_room": ("scheduling/test_making_room.py",),
+    "planner": (
+        "scheduling/test_planner.py",
+        "scheduling/test_preemption.py",
+        "scheduling/test_power_mode.py",
+    ),
 }
 _OPTIONS = ("-x", "-q", "--tb=no", "--timeout=0", "-p", "no:cacheprovider", "-p", "no:xdist")
 _QUIET = ("-W", "ignore::pytest.PytestWarning")

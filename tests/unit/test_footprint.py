@@ -83,7 +83,17 @@ class TestEstimate:
         other = estimate(engine, *shape)
         more = kv_bytes(engine, *shape) - kv_bytes(engine, engine.slots, engine.context_tokens)
         assert other.steady_bytes == max(steady + more, floor_bytes(engine, *shape))
-        assert other.load_peak_bytes >= other.steady_bytes
+        assert other.load_peak_bytes == max(2 * steady + more, floor_bytes(engine, *shape))
+
+    def test_the_least_is_weights_caches_and_the_prefix_cache(self):
+        full = LayerKind(kind="full", layers=1, bytes_per_token=4)
+        engine = changed(
+            layers=(full,),
+            memory=MemorySpec(load_peak_bytes=1, steady_bytes=1, prefix_cache_bytes=5000),
+        )
+        weights = sum(spec.size_bytes for spec in engine.files)
+        assert weights > 0
+        assert floor_bytes(engine, 2, 256) == weights + 2 * 256 * 4 + 5000
 
 
 class TestCorrection:
@@ -120,12 +130,22 @@ class TestCorrection:
         assert correct(ESTIMATE, LEAST, history[:4]) == ESTIMATE
         assert correct(ESTIMATE, LEAST, history) == Footprint(700 * MIB, 620 * MIB)
 
+    def test_measurements_that_differ_by_a_tenth_agree(self):
+        history = [measured(700 * MIB, each * MIB) for each in (540, 600, 600, 600, 600)]
+        assert correct(ESTIMATE, LEAST, history).steady_bytes == 600 * MIB
+
     def test_five_that_are_mistakes_of_measuring_lower_it_to_what_must_be_there(self):
         assert correct(ESTIMATE, LEAST, [measured(MIB, MIB)] * 5) == Footprint(LEAST, LEAST)
 
     def test_five_that_do_not_agree_leave_it(self):
         history = [measured(700 * MIB, each * MIB) for each in (600, 900, 620, 615, 605)]
         assert correct(ESTIMATE, LEAST, history).steady_bytes == ESTIMATE.steady_bytes
+
+    def test_what_is_less_than_half_more_is_believed_whoever_took_it(self):
+        history = [measured(1700 * MIB, 1400 * MIB, "available")]
+        assert correct(ESTIMATE, LEAST, history) == Footprint(1700 * MIB, 1400 * MIB)
+        history = [measured(1900 * MIB, 1600 * MIB, "available")]
+        assert correct(ESTIMATE, LEAST, history) == Footprint(1800 * MIB, 1500 * MIB)
 
     @examples(100)
     @given(st.lists(sizes, max_size=12))

@@ -33,6 +33,15 @@ def test_two_boots_that_ended_in_its_load_keep_an_engine_out(tmp_path: Path):
     assert "engines release alpha" in refusal.message
 
 
+def test_a_boot_that_ended_in_a_load_is_in_the_log(tmp_path: Path):
+    boots_that_end_in_a_load(tmp_path, 1)
+    with capture_logs() as logs:
+        Quarantine(tmp_path, "now")
+    assert logs == [
+        {"event": "boot_ended_in_load", "log_level": "error", "engine": "alpha", "boots": 1}
+    ]
+
+
 def test_one_boot_may_be_chance(tmp_path: Path):
     boots_that_end_in_a_load(tmp_path, 1)
     assert Quarantine(tmp_path, "now").refusal(ALPHA) is None
@@ -93,7 +102,7 @@ def test_a_released_engine_loads_again_also_after_a_restart(tmp_path: Path):
     boots_that_end_in_a_load(tmp_path, 2)
     quarantine = Quarantine(tmp_path, "now")
     assert quarantine.release(ALPHA)
-    assert not quarantine.release(ALPHA)
+    assert quarantine.release(ALPHA) is False
     assert quarantine.refusal(ALPHA) is None
     assert Quarantine(tmp_path, "now").refusal(ALPHA) is None
 
@@ -121,7 +130,18 @@ def test_another_engine_and_another_build_of_it_are_free(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", [MARKER, QUARANTINE])
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"engine": 1}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b'{"engine": 1}',
+        b'{"engine": "a", "digest": "d", "boot_id": "b", "later": 1}',
+        b'{"d": {"engine": "a", "boot_ids": ["b"], "later": 1}}',
+        b"\xff\xfe",
+    ],
+)
 def test_a_file_that_cannot_be_read_is_set_aside_and_the_daemon_comes_up(
     tmp_path: Path, name: str, content: bytes
 ):
@@ -145,7 +165,26 @@ def test_a_disk_that_takes_nothing_does_not_stop_the_daemon(tmp_path: Path, monk
 
     monkeypatch.setattr(durable, "replace", read_only)
     monkeypatch.setattr(durable, "remove", read_only)
-    assert Quarantine(tmp_path, "now").refusal(ALPHA) is not None
+    with capture_logs() as logs:
+        assert Quarantine(tmp_path, "now").refusal(ALPHA) is not None
+    assert [entry["event"] for entry in logs] == ["boot_ended_in_load", "quarantine_not_kept"]
+
+
+def test_a_file_that_can_neither_be_read_nor_set_aside_does_not_stop_the_daemon(
+    tmp_path: Path, monkeypatch
+):
+    (tmp_path / QUARANTINE).write_bytes(b"{")
+
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(durable, "set_aside", read_only)
+    with capture_logs() as logs:
+        assert Quarantine(tmp_path, "now").refusal(ALPHA) is None
+    assert [(entry["event"], entry["log_level"]) for entry in logs] == [
+        ("quarantine_file_set_aside", "error"),
+        ("quarantine_file_not_set_aside", "error"),
+    ]
 
 
 def test_without_a_directory_nothing_is_remembered():

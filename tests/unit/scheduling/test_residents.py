@@ -3,6 +3,7 @@
 import pytest
 
 from edge_agent.core import EngineState, Priority
+from edge_agent.scheduling.budget import Reservation
 from edge_agent.scheduling.residents import Leak, Resident, Running
 from edge_agent.scheduling.values import QueuedStep, Rules
 from tests.support.scheduling_world import engine
@@ -22,6 +23,13 @@ def ready(load_s: float, *tokens: int) -> Resident:
     for number, need in enumerate(tokens):
         resident.running[number] = Running(step(number, need), (0.0, number), 100.0)
     return resident
+
+
+def test_what_begins_to_load_holds_nothing_yet_and_has_no_places():
+    loading = Resident(engine("a", 30), asked_s=1.0)
+    assert (loading.state, loading.attempt) == (EngineState.LOADING, 1)
+    assert loading.reservation == Reservation(committed_bytes=0, held_bytes=0)
+    assert (loading.slots, loading.cache_bytes, loading.used_tokens) == (0, 0, 0)
 
 
 def test_what_is_loaded_claims_what_it_takes_at_its_largest_step():
