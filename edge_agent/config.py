@@ -48,6 +48,9 @@ RESTART_KEYS: Final = (
     "log.format",
     "telemetry.sysroot",
     "telemetry.interval",
+    "ledger.max_size",
+    "ledger.retention",
+    "ledger.ballast",
     "tools.servers",
     "tools.allow",
 )
@@ -78,6 +81,11 @@ def _backend(value: object) -> object:
 
 def _empty_list(value: object) -> object:
     return () if value is None else tuple(value) if isinstance(value, list) else value
+
+
+def _off(value: object) -> object:
+    """YAML reads a plain `off` as false."""
+    return "off" if value is False else value
 
 
 def _weights(value: object) -> object:
@@ -143,6 +151,7 @@ class Runs(Section):
     max_tool_calls: int = Field(default=16, ge=1, le=1000)
     max_same_calls: int = Field(default=3, ge=1, le=1000)
     durable: bool = False
+    suspended_retention_s: Duration = Field(default=86_400.0, alias="suspended_retention")
     max_active: int = Field(default=256, ge=1, le=10_000)
     retention_s: Duration = Field(default=900.0, alias="retention")
     max_retained: int = Field(default=1000, ge=1, le=100_000)
@@ -197,6 +206,15 @@ class Telemetry(Section):
 
     sysroot: AbsolutePath = Path("/")
     interval_s: Duration = Field(default=0.25, ge=0.05, le=1.0, alias="interval")
+
+
+class Ledger(Section):
+    """The file that durable runs live in."""
+
+    max_size_bytes: Size = Field(default=256 << 20, ge=4 << 20, le=64 << 30, alias="max_size")
+    retention_s: Duration = Field(default=604_800.0, alias="retention")
+    ballast_bytes: Size | None = Field(default=4 << 20, le=1 << 30, alias="ballast")
+    bodies: Annotated[Literal["off", "errors", "all"], BeforeValidator(_off)] = "off"
 
 
 class ToolServer(Section):
@@ -262,6 +280,7 @@ class Config(Section):
     worker: Worker = Field(default_factory=Worker)
     telemetry: Telemetry = Field(default_factory=Telemetry)
     tools: Tools = Field(default_factory=Tools)
+    ledger: Ledger = Field(default_factory=Ledger)
     shutdown: Shutdown = Field(default_factory=Shutdown)
 
 

@@ -20,8 +20,10 @@ from edge_agent.api.server import ApiServers
 from edge_agent.config import Config, load_config, needs_restart
 from edge_agent.engines.catalogue import Catalogue
 from edge_agent.errors import ConfigError, ManifestError
+from edge_agent.ledger.ledger import Ledger
 from edge_agent.notify import ServiceManager
 from edge_agent.observability import logging
+from edge_agent.runs.acknowledged import AcknowledgedRuns, LedgerJournal, LedgerRecords
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
 from edge_agent.scheduling.footprints import FOOTPRINTS, Footprints
@@ -31,6 +33,7 @@ from edge_agent.scheduling.quarantine import Quarantine, read_boot_id
 from edge_agent.scheduling.scheduler import Scheduler
 from edge_agent.settings import (
     context_problem,
+    ledger_settings,
     request_limits,
     run_settings,
     scheduler_settings,
@@ -159,7 +162,18 @@ class Daemon:
             quarantine=Quarantine(state_dir, read_boot_id(sysroot)),
         )
         self._recorder = Recorder(self.telemetry)
-        self._runs = Runs(self._scheduler, latch, run_settings(config), recorder=self._recorder)
+        self._ledger = Ledger.open(state_dir, ledger_settings(config))
+        journal = LedgerJournal(self._ledger)
+        self._runs = Runs(
+            self._scheduler,
+            latch,
+            run_settings(config),
+            recorder=self._recorder,
+            records=LedgerRecords(self._ledger),
+            machine=self._recorder,
+            journal=journal,
+        )
+        self._acknowledged = AcknowledgedRuns(self._runs, self._ledger, journal)
         self._probe = Probe(
             self._scheduler,
             lambda: self._file.config.scheduling.probe_interval_s,
@@ -167,7 +181,7 @@ class Daemon:
         )
         self._servers = ApiServers(
             file.locations.runtime_dir,
-            runs=self._runs,
+            runs=self._acknowledged,
             engines=self._scheduler,
             daemon=self,
             limits=lambda: self._limits,
@@ -176,6 +190,7 @@ class Daemon:
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; the second one cuts the grace period short."""
         self._handle_signals()
+        await self._acknowledged.recover()
         await self._servers.start()
         self._sampler.start()
         gc.freeze()  # what is built by now stays: the collector need not look at it at every call
@@ -199,6 +214,7 @@ class Daemon:
             self._sampler.stop()
             for task in own:
                 task.cancel()
+            await self._ledger.close()
         log.info("daemon_stopped")
 
     def status(self) -> DaemonStatus:
@@ -329,6 +345,7 @@ class Daemon:
         """What is wrong, and how many engines are installed."""
         reasons = [self._file.problem] if self._file.problem else []
         reasons += [self._probe.stuck.text] if self._probe.stuck else []
+        reasons += self._ledger.degraded
         try:
             installed, broken = self._catalogue.contents()
         except ManifestError as error:

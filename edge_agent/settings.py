@@ -15,6 +15,7 @@ from edge_agent.engines.host import WorkerSettings
 from edge_agent.engines.manifest import Manifest
 from edge_agent.engines.protocol import Options
 from edge_agent.errors import FieldViolation, LoadFailed
+from edge_agent.ledger.settings import LedgerSettings
 from edge_agent.runs.settings import RunSettings
 from edge_agent.scheduling import reserve
 from edge_agent.scheduling.loading import LoadingSettings
@@ -103,6 +104,17 @@ def context_problem(config: Config, manifest: Manifest) -> FieldViolation | None
     )
 
 
+def ledger_settings(config: Config) -> LedgerSettings:
+    """What the configuration says about the ledger."""
+    ledger = config.ledger
+    return LedgerSettings(
+        max_bytes=ledger.max_size_bytes,
+        retention_s=ledger.retention_s,
+        ballast_bytes=ledger.ballast_bytes or 0,
+        bodies=ledger.bodies,
+    )
+
+
 def run_settings(config: Config) -> RunSettings:
     """What the configuration says about runs."""
     runs = config.runs
@@ -113,6 +125,8 @@ def run_settings(config: Config) -> RunSettings:
         max_active=runs.max_active,
         retention_s=runs.retention_s,
         max_retained=runs.max_retained,
+        suspended_retention_s=runs.suspended_retention_s,
+        bodies=config.ledger.bodies,
     )
 
 

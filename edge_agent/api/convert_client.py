@@ -115,6 +115,22 @@ def tool(value: core.Tool) -> types_pb2.Tool:
     )
 
 
+def resume_request(
+    run_id: str, messages: Iterable[core.Message]
+) -> run_service_pb2.ResumeRunRequest:
+    """The request to let a suspended run go on."""
+    said = map(convert_response.message, messages)
+    return run_service_pb2.ResumeRunRequest(run_id=run_id, messages=said)
+
+
+def results_wanted(
+    cursor: int, max_results: int, wait_s: float | None
+) -> run_service_pb2.WaitResultsRequest:
+    """The request for ended runs."""
+    wait = convert_response.duration(wait_s)
+    return run_service_pb2.WaitResultsRequest(cursor=cursor, max_results=max_results, wait=wait)
+
+
 def results_request(results: Iterable[core.ToolResult]) -> run_service_pb2.ConverseRequest:
     """A later message of a conversation."""
     converted = [convert_response.tool_result(result) for result in results]
@@ -146,7 +162,7 @@ def run(value: run_service_pb2.Run) -> core.Run:
         partial_text=value.partial_text,
         answer=value.answer if value.HasField("answer") else None,
         error=run_error(value.error) if value.HasField("error") else None,
-        usage=_usage(value.usage),
+        usage=usage(value.usage),
         telemetry=run_telemetry(value.telemetry) if value.HasField("telemetry") else None,
         priority=priority(value.priority),
         durable=value.durable,
@@ -268,7 +284,7 @@ def _step_finished(value: run_service_pb2.StepFinished) -> core.StepFinished:
     return core.StepFinished(
         step=value.step,
         message=_message(value.message),
-        usage=_usage(value.usage),
+        usage=usage(value.usage),
         finish_reason=_FINISH_REASONS.get(value.finish_reason, core.FinishReason.UNSPECIFIED),
         tool_margin=value.tool_margin if value.HasField("tool_margin") else None,
     )
@@ -346,7 +362,7 @@ def _memory(value: system_service_pb2.MemoryStatus) -> MemoryStatus:
     )
 
 
-def _usage(value: types_pb2.Usage) -> core.Usage:
+def usage(value: types_pb2.Usage) -> core.Usage:
     """The speed on the wire becomes the time that decoding took, which core derives it from."""
     speed = value.tokens_per_second if value.HasField("tokens_per_second") else 0.0
     return core.Usage(

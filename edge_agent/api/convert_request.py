@@ -20,8 +20,10 @@ from edge_agent.core import (
     Executor,
     HaltScope,
     Limits,
+    Message,
     Part,
     Priority,
+    Role,
     RunSpec,
     RunState,
     Sampling,
@@ -35,7 +37,8 @@ from edge_agent.v1 import engine_service_pb2, run_service_pb2, types_pb2
 NO_ARGUMENTS = '{"type":"object","properties":{},"additionalProperties":false}'
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
-MAX_HALT_REASON_BYTES = 256
+MAX_REASON_BYTES = 256
+MAX_RESULTS_WAIT_S = 3600.0
 MAX_TOKEN_BYTES = 256
 MAX_EXAMPLES = 16
 _MAX_UINT32 = 2**32 - 1
@@ -107,6 +110,39 @@ def tool_results(
     return converted
 
 
+def resumption(request: run_service_pb2.ResumeRunRequest) -> tuple[str, tuple[Message, ...]]:
+    """The run to resume, and what is to be said first. Raises as `run_request` does."""
+    found = Violations()
+    found.name("run_id", request.run_id)
+    messages = messages_of(request.messages, found, "messages") if request.messages else ()
+    for index, message in enumerate(messages):
+        if message.role is not Role.USER:
+            found.add(f"messages[{index}].role", f"is {message.role}, user expected")
+    found.raise_if_any()
+    return request.run_id, messages
+
+
+def decision(request: run_service_pb2.DecideToolCallRequest) -> tuple[str, str, str]:
+    """Run, tool call and reason of an approval or denial. Raises InvalidRequest."""
+    found = Violations()
+    found.name("run_id", request.run_id)
+    found.name("tool_call_id", request.tool_call_id)
+    found.text("reason", request.reason, max_bytes=MAX_REASON_BYTES)
+    found.raise_if_any()
+    return request.run_id, request.tool_call_id, request.reason
+
+
+def results_wanted(request: run_service_pb2.WaitResultsRequest) -> tuple[int, float]:
+    """How many results are wanted, and how long to wait for one. Raises InvalidRequest."""
+    found = Violations()
+    found.number("max_results", request.max_results, 0, MAX_PAGE_SIZE)
+    wait_s: float | None = 0.0
+    if request.HasField("wait"):
+        wait_s = found.duration_s("wait", request.wait, MAX_RESULTS_WAIT_S)
+    found.raise_if_any()
+    return request.max_results or DEFAULT_PAGE_SIZE, wait_s or 0.0
+
+
 def run_id(value: str) -> str:
     """The id of a run; whether there is one is for the owner of runs to say."""
     return name(value, "run_id")
@@ -157,8 +193,8 @@ def halt(request: run_service_pb2.HaltRequest) -> tuple[HaltScope, str, str]:
         found.name("target", request.target)
     found.raise_if_any()
     reason = request.reason.replace("\0", "")
-    if len(reason.encode()) > MAX_HALT_REASON_BYTES:
-        cut = reason.encode()[: MAX_HALT_REASON_BYTES - 3].decode(errors="ignore")
+    if len(reason.encode()) > MAX_REASON_BYTES:
+        cut = reason.encode()[: MAX_REASON_BYTES - 3].decode(errors="ignore")
         reason = f"{cut}..."
     return scope or HaltScope.ALL, request.target, reason
 

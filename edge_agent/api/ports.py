@@ -15,6 +15,7 @@ from edge_agent.core import (
     Halt,
     HaltOutcome,
     HaltScope,
+    Message,
     Run,
     RunError,
     RunSpec,
@@ -22,6 +23,7 @@ from edge_agent.core import (
     Tool,
     ToolResult,
 )
+from edge_agent.records import CallRecord, StepRecord
 from edge_agent.status import DaemonStatus, StepWait
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
 
@@ -50,23 +52,23 @@ class RequestLimits:
 
 
 class RunsPort(Protocol):
-    """The owner of runs. The plain methods act at once and never block."""
+    """The owner of runs. What it answers is on disk, where the run is durable."""
 
-    def create(self, spec: RunSpec, *, client: str, request_id: str) -> Run:
+    async def create(self, spec: RunSpec, *, client: str, request_id: str) -> Run:
         """Accept a run, or return the one that `request_id` made before.
 
         Raises:
             AlreadyExists: the same `request_id` with another body.
-            Halted, Unavailable, Overloaded: no new runs now.
+            Halted, Unavailable, Overloaded, LedgerFull: no new runs now.
             NotFound: no such engine.
         """
         ...
 
-    def get(self, run_id: str) -> Run:
+    async def get(self, run_id: str) -> Run:
         """The run as it stands. Raises NotFound."""
         ...
 
-    def list(
+    async def list(
         self, *, states: frozenset[RunState], page_size: int, page_token: str
     ) -> tuple[tuple[Run, ...], str]:
         """A page, newest first, and the token of the next one; no states means all of them.
@@ -76,11 +78,15 @@ class RunsPort(Protocol):
         """
         ...
 
-    def cancel(self, run_id: str, reason: RunError) -> Run:
+    async def cancel(self, run_id: str, reason: RunError) -> Run:
         """End a run; one that has ended stays as it is. Raises NotFound."""
         ...
 
-    def submit(self, run_id: str, results: Sequence[ToolResult]) -> Run:
+    def abandon(self, run_id: str, reason: RunError) -> None:
+        """The stream that made the run has broken, and the run was to end with it."""
+        ...
+
+    async def submit(self, run_id: str, results: Sequence[ToolResult]) -> Run:
         """Hand in results that open calls wait for.
 
         Raises:
@@ -89,11 +95,46 @@ class RunsPort(Protocol):
         """
         ...
 
+    async def resume(self, run_id: str, messages: tuple[Message, ...], client: str) -> Run:
+        """Let a suspended run go on.
+
+        Raises:
+            NotFound: no such run.
+            FailedPrecondition: it is not suspended, or calls that act are open.
+            Halted, Unavailable, Overloaded: nothing goes on now.
+        """
+        ...
+
+    async def decide(
+        self, run_id: str, call_id: str, *, approved: bool, client: str, reason: str
+    ) -> Run:
+        """Approve or deny a call that waits for it.
+
+        Raises:
+            NotFound: no such run or call.
+            FailedPrecondition: it does not wait for approval.
+        """
+        ...
+
     def watch(self, run_id: str, after_sequence: int | None) -> AsyncIterator[Event]:
         """A snapshot, then the events after `after_sequence`, until the run has ended.
 
         Neighbouring text deltas are merged while the reader is busy. Raises NotFound.
         """
+        ...
+
+    async def trace(self, run_id: str) -> tuple[tuple[StepRecord, ...], tuple[CallRecord, ...]]:
+        """The records of a run's steps and tool calls. Raises NotFound."""
+        ...
+
+    async def wait_results(
+        self, client: str, after_number: int, limit: int, wait_s: float
+    ) -> tuple[Run, ...]:
+        """Ended durable runs of a client that it has not acknowledged, oldest end first."""
+        ...
+
+    async def ack_results(self, client: str, up_to_number: int) -> None:
+        """Deliver no more what this client has up to this number."""
         ...
 
     async def halt(self, scope: HaltScope, target: str, reason: str, client: str) -> HaltOutcome:

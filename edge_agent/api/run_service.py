@@ -12,7 +12,7 @@ from typing import Self
 
 import structlog
 
-from edge_agent.api import convert_request, convert_response
+from edge_agent.api import convert_request, convert_response, convert_trace
 from edge_agent.api.errors import Context
 from edge_agent.api.interceptors import admin_socket_required, current_call
 from edge_agent.api.ports import RequestLimits, RunsPort
@@ -37,11 +37,11 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         self, request: pb.CreateRunRequest, context: Context
     ) -> pb.CreateRunResponse:
         """Accept a run."""
-        return pb.CreateRunResponse(run=convert_response.run(self._create(request)))
+        return pb.CreateRunResponse(run=convert_response.run(await self._create(request)))
 
     async def ExecuteRun(self, request: pb.ExecuteRunRequest, context: Context) -> None:  # type: ignore[override]  # writes itself
         """Accept a run and send its events."""
-        run = self._create(request)
+        run = await self._create(request)
         with _RunOfStream(self._runs, run, request.on_disconnect) as stream:
             await self._send_events(run.id, 0, pb.ExecuteRunResponse, context)
             stream.finished = True
@@ -53,7 +53,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("kind") != "start":
             raise InvalidRequest.field("start", "is missing, the first message starts the run")
-        run = self._create(first.start, "start.")
+        run = await self._create(first.start, "start.")
         with _RunOfStream(self._runs, run, first.start.on_disconnect) as stream:
             try:
                 async with asyncio.TaskGroup() as group:
@@ -70,12 +70,12 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         """Hand in tool results."""
         run_id = convert_request.run_id(request.run_id)
         results = convert_request.tool_results(request.results, self._limits())
-        run = self._runs.submit(run_id, results)
+        run = await self._runs.submit(run_id, results)
         return pb.SubmitToolResultsResponse(run=convert_response.run(run))
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         """One run."""
-        run = self._runs.get(convert_request.run_id(request.run_id))
+        run = await self._runs.get(convert_request.run_id(request.run_id))
         response = pb.GetRunResponse()
         convert_response.fill_run(response.run, run)
         return response
@@ -83,7 +83,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         """A page of runs."""
         states, size, token = convert_request.page(request)
-        runs, following = self._runs.list(states=states, page_size=size, page_token=token)
+        runs, following = await self._runs.list(states=states, page_size=size, page_token=token)
         return pb.ListRunsResponse(
             runs=[convert_response.run(run, with_transcript=False) for run in runs],
             next_page_token=following,
@@ -103,8 +103,57 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         reason = RunError(
             "CANCELLED_BY_CALLER", f"cancelled by {client}", metadata={"client": client}
         )
-        run = self._runs.cancel(convert_request.run_id(request.run_id), reason)
+        run = await self._runs.cancel(convert_request.run_id(request.run_id), reason)
         return pb.CancelRunResponse(run=convert_response.run(run))
+
+    async def ResumeRun(
+        self, request: pb.ResumeRunRequest, context: Context
+    ) -> pb.ResumeRunResponse:
+        """Let a suspended run go on."""
+        run_id, messages = convert_request.resumption(request)
+        run = await self._runs.resume(run_id, messages, current_call().client)
+        return pb.ResumeRunResponse(run=convert_response.run(run))
+
+    async def DecideToolCall(
+        self, request: pb.DecideToolCallRequest, context: Context
+    ) -> pb.DecideToolCallResponse:
+        """Approve or deny a tool call; on api.sock only the run's own client may."""
+        run_id, call_id, reason = convert_request.decision(request)
+        call = current_call()
+        if not call.admin and (await self._runs.get(run_id)).client != call.client:
+            raise admin_socket_required("DecideToolCall for another client's run")
+        run = await self._runs.decide(
+            run_id, call_id, approved=request.approved, client=call.client, reason=reason
+        )
+        return pb.DecideToolCallResponse(run=convert_response.run(run))
+
+    async def WaitResults(
+        self, request: pb.WaitResultsRequest, context: Context
+    ) -> pb.WaitResultsResponse:
+        """Ended durable runs of this client."""
+        limit, wait_s = convert_request.results_wanted(request)
+        client = current_call().client
+        runs = await self._runs.wait_results(client, request.cursor, limit, wait_s)
+        response = pb.WaitResultsResponse(cursor=request.cursor)
+        for run in runs:
+            convert_response.fill_run(response.runs.add(), run)
+            response.cursor = run.result_number or response.cursor
+        return response
+
+    async def AckResults(
+        self, request: pb.AckResultsRequest, context: Context
+    ) -> pb.AckResultsResponse:
+        """Deliver these no more."""
+        await self._runs.ack_results(current_call().client, request.cursor)
+        return pb.AckResultsResponse()
+
+    async def GetTrace(self, request: pb.GetTraceRequest, context: Context) -> pb.GetTraceResponse:
+        """What is on record of a run."""
+        steps, calls = await self._runs.trace(convert_request.run_id(request.run_id))
+        return pb.GetTraceResponse(
+            steps=map(convert_trace.step_record, steps),
+            tool_calls=map(convert_trace.call_record, calls),
+        )
 
     async def Halt(self, request: pb.HaltRequest, context: Context) -> pb.HaltResponse:
         """Stop what runs may do."""
@@ -128,9 +177,12 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         await self._runs.clear_halt(halt_id)
         return pb.ClearHaltResponse()
 
-    def _create(self, request: pb.CreateRunRequest | pb.ExecuteRunRequest, prefix: str = "") -> Run:
+    async def _create(
+        self, request: pb.CreateRunRequest | pb.ExecuteRunRequest, prefix: str = ""
+    ) -> Run:
         spec = convert_request.run_request(request, self._limits(), prefix)
-        return self._runs.create(spec, client=current_call().client, request_id=request.request_id)
+        client = current_call().client
+        return await self._runs.create(spec, client=client, request_id=request.request_id)
 
     async def _send_events(
         self, run_id: str, after: int | None, response: _EventResponse, context: Context
@@ -154,12 +206,12 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
                 request.tool_results.results, self._limits(), "tool_results.results"
             )
             for result in results:
-                self._take_result(run_id, result)
+                await self._take_result(run_id, result)
 
-    def _take_result(self, run_id: str, result: ToolResult) -> None:
+    async def _take_result(self, run_id: str, result: ToolResult) -> None:
         """Hand in one; each by itself, so that a late one does not take others with it."""
         try:
-            self._runs.submit(run_id, (result,))
+            await self._runs.submit(run_id, (result,))
         except FailedPrecondition as late:
             # The call timed out or the run ended while its result was on the way. The events say
             # so; to end the stream would take the run's last event with it.
@@ -190,4 +242,4 @@ class _RunOfStream:
             reason = error.as_run_error()
         else:
             reason = RunError("CLIENT_DISCONNECTED", "the stream that made the run broke")
-        self._runs.cancel(self._run_id, reason)
+        self._runs.abandon(self._run_id, reason)

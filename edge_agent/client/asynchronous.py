@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from edge_agent.api import convert_client as convert
-from edge_agent.api import convert_engine, convert_response, convert_telemetry
+from edge_agent.api import convert_engine, convert_response, convert_telemetry, convert_trace
 from edge_agent.api.convert_client import RunOptions
 from edge_agent.client.toolbox import Toolbox, Tools
 from edge_agent.client.wire import (
@@ -26,11 +26,13 @@ from edge_agent.core import (
     Event,
     HaltOutcome,
     HaltScope,
+    Message,
     Run,
     RunState,
     Tool,
     ToolResult,
 )
+from edge_agent.records import CallRecord, StepRecord
 from edge_agent.status import DaemonStatus, StepWait
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
 from edge_agent.v1 import engine_service_pb2 as engine_pb
@@ -143,6 +145,37 @@ class AsyncClient:
             run_id=run_id, results=map(convert_response.tool_result, results)
         )
         return convert.run((await self._call(self._runs.SubmitToolResults, request)).run)
+
+    async def resume(self, run_id: str, messages: Sequence[Message] = ()) -> Run:
+        """Let a suspended run go on, with what has changed meanwhile."""
+        request = convert.resume_request(run_id, messages)
+        return convert.run((await self._call(self._runs.ResumeRun, request)).run)
+
+    async def decide_tool_call(
+        self, run_id: str, tool_call_id: str, *, approved: bool, reason: str = ""
+    ) -> Run:
+        """Approve or deny a tool call that waits for it; another client's on admin.sock only."""
+        request = run_pb.DecideToolCallRequest(
+            run_id=run_id, tool_call_id=tool_call_id, approved=approved, reason=reason
+        )
+        return convert.run((await self._call(self._runs.DecideToolCall, request)).run)
+
+    async def wait_results(
+        self, cursor: int = 0, max_results: int = 0, wait_s: float | None = None
+    ) -> tuple[tuple[Run, ...], int]:
+        """Ended durable runs of this client that it has not acknowledged, and the next cursor."""
+        request = convert.results_wanted(cursor, max_results, wait_s)
+        response = await self._call(self._runs.WaitResults, request)
+        return tuple(map(convert.run, response.runs)), response.cursor
+
+    async def ack_results(self, cursor: int) -> None:
+        """Have what was delivered up to this cursor delivered no more."""
+        await self._call(self._runs.AckResults, run_pb.AckResultsRequest(cursor=cursor))
+
+    async def trace(self, run_id: str) -> tuple[tuple[StepRecord, ...], tuple[CallRecord, ...]]:
+        """What is on record of a run's steps and tool calls."""
+        response = await self._call(self._runs.GetTrace, run_pb.GetTraceRequest(run_id=run_id))
+        return convert_trace.read(run_id, response)
 
     async def halt(
         self, scope: HaltScope = HaltScope.ALL, target: str = "", reason: str = ""

@@ -233,3 +233,10 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def digest(manifest: Manifest) -> str:
     """SHA-256 over the manifest, which holds the files' own digests: one engine, one digest."""
     return hashlib.sha256(encode_manifest(manifest)).hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def template_hash(manifest: Manifest) -> str:
+    """The first 16 digits of SHA-256 over how prompts are rendered and tools chosen."""
+    content = msgspec.json.encode((manifest.prompt, manifest.tools))
+    return hashlib.sha256(content).hexdigest()[:16]

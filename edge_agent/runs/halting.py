@@ -20,6 +20,12 @@ _RECORD_TIMEOUT_S = 1.0
 log = structlog.get_logger()
 
 
+def halted_by(halt: Halt) -> RunError:
+    """Why a run that a Halt covers was stopped."""
+    metadata = {"halt_id": halt.id, "scope": halt.scope.value}
+    return RunError("HALTED", f"halted: {halt.reason or halt.scope}", metadata=metadata)
+
+
 class Halting:
     """Latches, records and lifts Halts."""
 
@@ -37,12 +43,7 @@ class Halting:
         """
         asked = Halt(uuid.uuid4().hex, scope, target, reason, client, time.time())
         halt = self._latch.latch(asked)
-        error = RunError(
-            "HALTED",
-            f"halted: {halt.reason or halt.scope}",
-            metadata={"halt_id": halt.id, "scope": halt.scope},
-        )
-        stopped = self._stop_covered(halt, error)
+        stopped = self._stop_covered(halt, halted_by(halt))
         log.warning(
             "halt_latched",
             halt=halt.id,

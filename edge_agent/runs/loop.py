@@ -142,6 +142,13 @@ class RunLoop:
         self.live.move_to(RunState.QUEUED)
         self._calls.observed_s = time.monotonic()
 
+    def settle_as(self, state: RunState, error: RunError) -> None:
+        """Suspend or end at once a run that nothing drives."""
+        if state is RunState.SUSPENDED:
+            self._suspend(error)
+        else:
+            self._finish(state, error=error)
+
     def has_open_call(self, tool: str) -> bool:
         """Whether a call of this tool waits for its result."""
         return self._calls.has_open(tool)

@@ -5,6 +5,7 @@ Knows nothing of gRPC. All methods on the daemon's loop; the plain ones act at o
 
 import asyncio
 import dataclasses
+import itertools
 import time
 import uuid
 from collections import Counter
@@ -31,13 +32,12 @@ from edge_agent.errors import (
     AlreadyExists,
     FailedPrecondition,
     Halted,
-    InvalidRequest,
     NotFound,
     Overloaded,
     Unavailable,
 )
 from edge_agent.runs.calls import DaemonTools
-from edge_agent.runs.halting import Halting
+from edge_agent.runs.halting import Halting, halted_by
 from edge_agent.runs.halts import HaltLatch, covers_run
 from edge_agent.runs.live import Journal, LiveRun
 from edge_agent.runs.loop import Recording, RunLoop, Steps, Surroundings
@@ -95,6 +95,7 @@ class Runs:
             max_retained=lambda: self.settings.max_retained,
         )
         self._active: dict[str, tuple[RunLoop, asyncio.Task[None]]] = {}
+        self._accepted: set[str] = set()
         self._suspended: dict[str, asyncio.TimerHandle] = {}
         self._accepting = True
 
@@ -135,30 +136,47 @@ class Runs:
             durable=spec.durable,
         )
         live = LiveRun(run, spec, self._journal if spec.durable else None)
+        self._accepted.add(run.id)
         self._keep(live, engine)
         return live, True
 
     def begin(self, run_id: str) -> None:
         """Let an accepted run begin."""
-        self._drive(self._find(run_id))
+        loop = self._find(run_id)
+        self._accepted.discard(run_id)
+        run = loop.live.run
+        halt = self._latch.covering_run(run.client, run.agent)
+        if halt is not None:  # latched while the run was written to disk
+            self._stop_halted(loop, halted_by(halt))
+        self._drive(loop)
 
     def forget(self, run_id: str) -> None:
         """Forget an accepted run that is not to begin after all."""
+        self._accepted.discard(run_id)
         self._store.forget(run_id)
 
-    def adopt(self, live: LiveRun, attempt: int) -> RunLoop:
-        """Keep a run that an earlier daemon has left; nothing drives it yet."""
+    def adopt(
+        self, live: LiveRun, state: RunState, error: RunError | None, *, attempt: int
+    ) -> None:
+        """Keep a run that an earlier daemon has left, and let it go on, wait or end (`state`)."""
         try:
             engine = self._engines.engine(live.spec.engine)
         except NotFound:  # it may be installed by the time that somebody resumes the run
             engine = None
         loop = self._keep(live, engine)
         loop.attempt = attempt
-        if live.state is RunState.SUSPENDED:
+        halt = self._latch.covering_run(live.run.client, live.run.agent)
+        if state is RunState.QUEUED and halt is not None:
+            state, error = RunState.SUSPENDED, halted_by(halt)
+        if state is RunState.QUEUED:
+            loop.say(())
+            self._drive(loop)
+        elif error is not None and state is not live.state:
+            loop.settle_as(state, error)
+        if state is RunState.SUSPENDED:
             self._wait_suspended(loop)
-        elif live.state.ended:
+        elif state.ended:
             self._store.ended(live.id)
-        return loop
 
     def get(self, run_id: str) -> Run:
         """The run as it stands.
@@ -168,28 +186,35 @@ class Runs:
         """
         return self._find(run_id).live.snapshot()
 
-    def list(
-        self, *, states: frozenset[RunState], page_size: int, page_token: str
-    ) -> tuple[tuple[Run, ...], str]:
-        """A page without transcripts, newest first, and the token of the next one.
+    def page(
+        self, states: frozenset[RunState], before: tuple[float, str] | None, limit: int
+    ) -> tuple[Run, ...]:
+        """Runs without transcripts, newest first, that were made before one made then.
 
-        Raises:
-            InvalidRequest: a page token whose run is not kept any more, or never was.
+        No states means all of them.
         """
-        runs: list[Run] = []
-        skipping = bool(page_token)
-        for loop in self._store.newest_first():
-            if skipping:
-                skipping = loop.live.id != page_token
-                continue
-            if states and loop.live.state not in states:
-                continue
-            if len(runs) == page_size:
-                return tuple(runs), runs[-1].id
-            runs.append(dataclasses.replace(loop.live.run, transcript=()))
-        if skipping:
-            raise InvalidRequest.field("page_token", f"{page_token!r} is not a token of this list")
-        return tuple(runs), ""
+        heads = (loop.live.head for loop in self._store.newest_first())
+        found = (
+            dataclasses.replace(run, transcript=())
+            for run in heads
+            if (not states or run.state in states)
+            and (before is None or (run.created_at_s, run.id) < before)
+        )
+        return tuple(itertools.islice(found, limit))
+
+    def has(self, run_id: str) -> bool:
+        """Whether the run is in memory."""
+        return self._store.get(run_id) is not None
+
+    def live(self, run_id: str) -> LiveRun:
+        """The run in memory. Raises NotFound."""
+        return self._find(run_id).live
+
+    def abandon(self, run_id: str, reason: RunError) -> None:
+        """End a run whose stream has broken; a stopping daemon, which breaks all, parks them."""
+        loop = self._store.get(run_id)
+        if loop is not None and (self._accepting or not loop.live.run.durable):
+            self._stop(loop, RunState.CANCELLED, reason)
 
     def cancel(self, run_id: str, reason: RunError) -> Run:
         """End a run; one that has ended stays as it is.
@@ -281,9 +306,12 @@ class Runs:
         """A durable run is suspended: nothing of it moves until somebody resumes it."""
         covered = tuple(self._covered(halt))
         for loop in covered:
-            durable = loop.live.run.durable
-            loop.stop(RunState.SUSPENDED if durable else RunState.CANCELLED, error)
+            self._stop_halted(loop, error)
         return len(covered)
+
+    def _stop_halted(self, loop: RunLoop, error: RunError) -> None:
+        durable = loop.live.run.durable
+        loop.stop(RunState.SUSPENDED if durable else RunState.CANCELLED, error)
 
     def _covered(self, halt: Halt) -> Iterator[RunLoop]:
         for loop, _task in tuple(self._active.values()):
@@ -377,11 +405,12 @@ class Runs:
                 f"halted ({halt.scope}): {halt.reason or 'no reason given'}",
                 metadata={"halt_id": halt.id, "scope": halt.scope, "target": halt.target},
             )
-        if len(self._active) >= self.settings.max_active:
+        active = len(self._active) + len(self._accepted)
+        if active >= self.settings.max_active:
             raise Overloaded(
-                f"{len(self._active)} runs are active, at most {self.settings.max_active}",
+                f"{active} runs are active, at most {self.settings.max_active}",
                 reason="TOO_MANY_RUNS",
-                metadata={"active": len(self._active), "limit": self.settings.max_active},
+                metadata={"active": active, "limit": self.settings.max_active},
                 retry_after_s=_RETRY_AFTER_S,
             )
         return self._engines.engine(spec.engine)

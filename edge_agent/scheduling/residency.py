@@ -158,6 +158,7 @@ class Residency:
             measurements=self._loader.footprints.history(manifest, *shape),
             estimated_load_peak_bytes=estimated.load_peak_bytes,
             estimated_steady_bytes=estimated.steady_bytes,
+            template_hash=manifests.template_hash(manifest),
         )
 
     def failed(self, name: str, error: LoadFailed) -> None:

@@ -55,6 +55,18 @@ class Recorder:
     def __init__(self, latest: Callable[[], TelemetrySnapshot]) -> None:
         self._latest = latest
         self._open: set[Recording] = set()
+        self._seen: TelemetrySnapshot | None = None
+
+    def available_bytes(self) -> int | None:
+        """MemAvailable in the newest snapshot that was handed over."""
+        return self._seen.mem_available_bytes if self._seen else None
+
+    def power_mode(self) -> str | None:
+        """The power mode's name in the newest snapshot, or its number where it has none."""
+        if self._seen is None:
+            return None
+        number = self._seen.power_mode_number
+        return self._seen.power_mode_name.fresh or (None if number is None else str(number))
 
     def begin(self) -> Recording:
         """Record from now on. It must be ended."""
@@ -64,6 +76,7 @@ class Recorder:
 
     def observe(self, snapshot: TelemetrySnapshot) -> None:
         """A new snapshot."""
+        self._seen = snapshot
         for recording in self._open:
             recording.observe(snapshot)
 

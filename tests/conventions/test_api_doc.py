@@ -15,6 +15,7 @@ import yaml
 from google.protobuf import json_format
 
 from edge_agent.v1 import run_service_pb2 as pb
+from edge_agent.v1 import types_pb2
 from tests.support.connection import Connection
 from tests.support.daemon import DaemonProcess, running_daemon
 from tests.support.reasons import reasons_in
@@ -165,8 +166,11 @@ def variables(name: str, connection: Connection) -> Mapping[str, str]:
     if name == "RunService.ClearHalt":
         halt = connection.runs.Halt(pb.HaltRequest(scope=pb.HALT_SCOPE_AGENT, target="nobody")).halt
         return {"HALT_ID": halt.halt_id}
+    if name in {"RunService.ResumeRun", "RunService.DecideToolCall"}:
+        return waiting_run(name, connection)
     if name not in {
-        f"RunService.{call}" for call in ("SubmitToolResults", "GetRun", "WatchRun", "CancelRun")
+        f"RunService.{call}"
+        for call in ("SubmitToolResults", "GetRun", "WatchRun", "CancelRun", "GetTrace")
     }:
         return {}
     request = pb.CreateRunRequest()
@@ -183,6 +187,34 @@ def variables(name: str, connection: Connection) -> Mapping[str, str]:
     raise AssertionError("the run ended without a tool call")
 
 
+def waiting_run(name: str, connection: Connection) -> Mapping[str, str]:
+    """A run that waits for somebody: suspended by a Halt that has been cleared, or unapproved."""
+    request = pb.CreateRunRequest()
+    json_format.Parse(DATA["rpcs"]["RunService.CreateRun"]["example"], request)
+    request.request_id = ""
+    request.spec.durable = True
+    for tool in request.spec.tools:
+        tool.needs_approval = name == "RunService.DecideToolCall"
+        tool.side_effect = types_pb2.SIDE_EFFECT_NONE
+    run_id = connection.runs.CreateRun(request).run.id
+    for response in connection.runs.WatchRun(pb.WatchRunRequest(run_id=run_id, after_sequence=0)):
+        event = response.event
+        if event.HasField("approval_requested"):
+            call_id = event.approval_requested.tool_calls[0].id
+            return {"RUN_ID": run_id, "TOOL_CALL_ID": call_id}
+        if event.HasField("tool_calls_issued"):
+            halted = connection.halt(pb.HALT_SCOPE_CLIENT, "test")
+            call_id = event.tool_calls_issued.tool_calls[0].id
+            confirmed = types_pb2.ToolResult(tool_call_id=call_id, cancelled=True)
+            connection.runs.SubmitToolResults(
+                pb.SubmitToolResultsRequest(run_id=run_id, results=[confirmed])
+            )
+        if event.state_changed.state == pb.RUN_STATE_SUSPENDED:
+            connection.clear_halt(halted.halt.halt_id)
+            return {"RUN_ID": run_id}
+    raise AssertionError("the run ended without waiting for anybody")
+
+
 def expected(name: str) -> tuple[str, ...]:
     """What an example's output has in it."""
     return {
@@ -194,6 +226,11 @@ def expected(name: str) -> tuple[str, ...]:
         "RunService.ListRuns": ("runs",),
         "RunService.WatchRun": ("snapshot", "toolCallsIssued", "runFinished"),
         "RunService.CancelRun": ("RUN_STATE_CANCELLING",),
+        "RunService.ResumeRun": ("RUN_STATE_",),
+        "RunService.DecideToolCall": ("RUN_STATE_",),
+        "RunService.WaitResults": ("{}",),
+        "RunService.AckResults": ("{}",),
+        "RunService.GetTrace": ("set_lamp", "INTENDED"),
         "RunService.Halt": ("haltId", "people in the aisle", '"recorded": true'),
         "RunService.ClearHalt": ("{}",),
         "EngineService.ListEngines": ("smollm2-135m-instruct",),

@@ -201,7 +201,7 @@ def test_a_broken_configuration_is_reported_to_admin_even_when_the_report_is_lon
 def test_a_list_of_runs_leaves_their_transcripts_out(runtime_dir):
     async def main():
         async with serving(runtime_dir) as edge, stub(RunServiceStub, edge.servers.api_socket) as s:
-            run = edge.runs.create(
+            run = await edge.runs.create(
                 RunSpec((), "small", Limits(1, 1), 1.0), client="", request_id=""
             )
             said = (Message(Role.ASSISTANT, (TextPart("long"),)),)
@@ -364,8 +364,8 @@ def test_a_conversation_out_of_order_ends_naming_the_field(runtime_dir, messages
         async with serving(runtime_dir) as edge, stub(RunServiceStub, edge.servers.api_socket) as s:
             error = await error_of(s.Converse(iter(messages)))
             if messages[:1] == [START]:
-                await edge.runs.until(lambda: edge.runs.get("run-1").state.ended)
-                assert edge.runs.get("run-1").error.reason == "INVALID_REQUEST"
+                await edge.runs.until(lambda: edge.runs.run("run-1").state.ended)
+                assert edge.runs.run("run-1").error.reason == "INVALID_REQUEST"
                 await edge.runs.until(lambda: edge.runs.watchers == 0)
             return error
 
@@ -432,8 +432,8 @@ def test_a_client_that_vanishes(runtime_dir, logged, method, on_disconnect, canc
                 await edge.runs.until(lambda: edge.runs.watchers == 1)
             await edge.runs.until(lambda: edge.runs.watchers == 0)
             if cancelled:
-                await edge.runs.until(lambda: edge.runs.get("run-1").state.ended)
-            return edge.runs.get("run-1")
+                await edge.runs.until(lambda: edge.runs.run("run-1").state.ended)
+            return edge.runs.run("run-1")
 
     run = asyncio.run(main())
     assert run.state.ended == cancelled
@@ -450,7 +450,7 @@ def test_a_watcher_that_vanishes_changes_nothing(runtime_dir):
                 await call.read()
                 await edge.runs.until(lambda: edge.runs.watchers == 1)
             await edge.runs.until(lambda: edge.runs.watchers == 0)
-            return edge.runs.get("run-1")
+            return edge.runs.run("run-1")
 
     assert not asyncio.run(main()).state.ended
 
@@ -497,7 +497,7 @@ def test_a_reader_that_reads_nothing(runtime_dir, logged, method):
                 edge.runs.emit("run-1", TextDelta(1, "x" * 10_000, 1))
             await edge.runs.until(lambda: edge.runs.watchers == 0)
             error = await error_of(call)
-            return edge.runs.get("run-1"), error
+            return edge.runs.run("run-1"), error
 
     run, error = asyncio.run(main())
     assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "SLOW_READER")

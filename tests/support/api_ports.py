@@ -13,6 +13,7 @@ from pathlib import Path
 from edge_agent.api.ports import RequestLimits
 from edge_agent.api.server import ApiServers
 from edge_agent.core import (
+    ApprovalDecided,
     EngineInfo,
     EngineState,
     Event,
@@ -21,6 +22,7 @@ from edge_agent.core import (
     HaltOutcome,
     HaltScope,
     Message,
+    MessagesAdded,
     Run,
     RunError,
     RunFinished,
@@ -43,6 +45,7 @@ from edge_agent.errors import (
     NotFound,
     Unavailable,
 )
+from edge_agent.records import CallRecord, StepRecord
 from edge_agent.status import DaemonState, DaemonStatus, MemoryStatus, StepWait
 from edge_agent.telemetry.sampler import Sampler
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
@@ -134,7 +137,7 @@ class MemoryRuns:
         run = replace(run, usage=usage or run.usage)
         self.emit(run_id, RunFinished(replace(run, open_tool_calls=())))
 
-    def create(self, spec: RunSpec, *, client: str, request_id: str) -> Run:
+    async def create(self, spec: RunSpec, *, client: str, request_id: str) -> Run:
         if spec.engine == "explodes":
             raise RuntimeError("secret detail")
         if spec.engine == "leaves":
@@ -148,7 +151,7 @@ class MemoryRuns:
             return self._runs[known]
         run_id = f"run-{len(self._runs) + 1}"
         run = Run(run_id, request_id, client, spec.agent, spec.engine, RunState.QUEUED, 1.5)
-        run = replace(run, priority=spec.priority)
+        run = replace(run, priority=spec.priority, durable=spec.durable)
         self._runs[run_id], self._events[run_id], self.specs[run_id] = run, [], spec
         if request_id:
             self._by_request[request_id] = run_id
@@ -157,13 +160,16 @@ class MemoryRuns:
             self._acting = asyncio.get_running_loop().create_task(self._script(self, run_id))
         return run
 
-    def get(self, run_id: str) -> Run:
+    async def get(self, run_id: str) -> Run:
+        return self.run(run_id)
+
+    def run(self, run_id: str) -> Run:
         try:
             return self._runs[run_id]
         except KeyError:
             raise NotFound(f"no run {run_id}", metadata={"run_id": run_id}) from None
 
-    def list(
+    async def list(
         self, *, states: frozenset[RunState], page_size: int, page_token: str
     ) -> tuple[tuple[Run, ...], str]:
         runs = [run for run in self._runs.values() if not states or run.state in states]
@@ -171,15 +177,18 @@ class MemoryRuns:
         end = start + page_size
         return tuple(runs[::-1][start:end]), str(end) if end < len(runs) else ""
 
-    def cancel(self, run_id: str, reason: RunError) -> Run:
-        run = self.get(run_id)
+    async def cancel(self, run_id: str, reason: RunError) -> Run:
+        self.abandon(run_id, reason)
+        return self._runs[run_id]
+
+    def abandon(self, run_id: str, reason: RunError) -> None:
+        run = self.run(run_id)
         if not run.state.ended:
             ended = replace(run, state=RunState.CANCELLED, error=reason)
             self.emit(run_id, RunFinished(ended))
-        return self._runs[run_id]
 
-    def submit(self, run_id: str, results: Sequence[ToolResult]) -> Run:
-        run = self.get(run_id)
+    async def submit(self, run_id: str, results: Sequence[ToolResult]) -> Run:
+        run = self.run(run_id)
         open_ids = {call.id for call in run.open_tool_calls}
         for result in results:
             if result.tool_call_id.startswith("never"):
@@ -196,8 +205,36 @@ class MemoryRuns:
             self.emit(run_id, ToolResultAccepted(result))
         return self._runs[run_id]
 
+    async def resume(self, run_id: str, messages: tuple[Message, ...], client: str) -> Run:
+        run = self.run(run_id)
+        if run.state is not RunState.SUSPENDED:
+            raise FailedPrecondition(f"{run_id} is {run.state}", reason="RUN_NOT_SUSPENDED")
+        self.emit(run_id, MessagesAdded(messages))
+        self.emit(run_id, StateChanged(RunState.QUEUED))
+        return self._runs[run_id]
+
+    async def decide(
+        self, run_id: str, call_id: str, *, approved: bool, client: str, reason: str
+    ) -> Run:
+        self.emit(run_id, ApprovalDecided(call_id, approved, client, reason))
+        return self._runs[run_id]
+
+    async def trace(self, run_id: str) -> tuple[tuple[StepRecord, ...], tuple[CallRecord, ...]]:
+        self.run(run_id)
+        return (), ()
+
+    async def wait_results(
+        self, client: str, after_number: int, limit: int, wait_s: float
+    ) -> tuple[Run, ...]:
+        runs = [run for run in self._runs.values() if run.durable and run.state.ended]
+        numbered = [(n, replace(run, result_number=n)) for n, run in enumerate(runs, 1)]
+        return tuple(run for n, run in numbered if n > after_number)[:limit]
+
+    async def ack_results(self, client: str, up_to_number: int) -> None:
+        self.acked = (client, up_to_number)
+
     async def watch(self, run_id: str, after_sequence: int | None) -> AsyncIterator[Event]:
-        run = self.get(run_id)
+        run = self.run(run_id)
         yield Event(run_id, run.sequence, Snapshot(run))
         position = run.sequence if after_sequence is None else after_sequence
         self.watchers += 1

@@ -36,7 +36,7 @@ SPEC = RunSpec(
 class NeverDecided:
     """Knows every engine and decides nothing."""
 
-    def engine(self, name):
+    def engine(self, _name):
         return None
 
     async def decide(self, *_positional, **_named):

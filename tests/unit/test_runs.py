@@ -194,30 +194,6 @@ class TestFinding:
 
         assert play(scenario, max_retained=2) == ["Done", "Done"]
 
-    def test_pages_join_to_the_whole_list_newest_first(self, play):
-        async def scenario(runs, _engines):
-            made = [start(runs) for _ in range(5)]
-            pages: list[list[str]] = []
-            token = ""
-            while not pages or token:
-                page, token = runs.list(states=frozenset(), page_size=2, page_token=token)
-                pages.append([run.id for run in page])
-                start(runs)  # made meanwhile: it never shifts what comes after
-            return made, pages
-
-        made, pages = play(scenario, max_active=20)
-        newest_first = made[::-1]
-        assert pages == [newest_first[:2], newest_first[2:4], newest_first[4:]]
-
-    def test_a_page_that_is_just_full_is_the_last(self, play):
-        async def scenario(runs, _engines):
-            start(runs)
-            start(runs)
-            return runs.list(states=frozenset(), page_size=2, page_token="")
-
-        runs, token = play(scenario)
-        assert (len(runs), token) == (2, "")
-
     def test_states_are_chosen_and_transcripts_left_out(self, play):
         async def scenario(runs, engines):
             done = start(runs)
@@ -225,20 +201,12 @@ class TestFinding:
             await end(runs, done)
             start(runs)
             chosen = frozenset({RunState.SUCCEEDED})
-            (found,), _ = runs.list(states=chosen, page_size=10, page_token="")
+            (found,) = runs.page(chosen, None, 10)
             assert (found.id, found.answer, found.transcript) == (done, "Done", ())
             await engines.next()
             return runs.counts()
 
         assert play(scenario) == {RunState.SUCCEEDED: 1, RunState.RUNNING: 1}
-
-    def test_a_token_of_another_list_is_refused(self, play):
-        async def scenario(runs, _engines):
-            start(runs)
-            with pytest.raises(InvalidRequest, match="page_token"):
-                runs.list(states=frozenset(), page_size=2, page_token="nobody")
-
-        play(scenario)
 
 
 class TestResults:
