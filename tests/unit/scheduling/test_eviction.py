@@ -18,7 +18,7 @@ from edge_agent.scheduling.eviction import (
 )
 from edge_agent.scheduling.pace import Demand
 from edge_agent.scheduling.queue import StepQueue
-from edge_agent.scheduling.residents import Resident, Running
+from edge_agent.scheduling.residents import Leak, Resident, Running
 from edge_agent.scheduling.values import Memory, QueuedStep, Rules
 from edge_agent.status import WaitReason
 from tests.support.scheduling_world import engine
@@ -195,6 +195,11 @@ class TestPlan:
         assert isinstance(small, Blocked)
         assert (small.engines, small.until_s) == (("b",), NOW_S + 3.0)
 
+    def test_among_those_who_may_go_at_the_same_time_the_name_decides(self):
+        fresh = [resident(name, 5, ready_s=NOW_S - 4.0, load_s=100.0) for name in "ba"]
+        found = plan(scene(5, *fresh))
+        assert found == Blocked("new", WaitReason.RESIDENCY, 5, ("a",), NOW_S + 6.0)
+
     def test_who_serves_somebody_sooner_stays_until_then(self):
         queue = StepQueue()
         queue.add(step(9, "a", Priority.URGENT))
@@ -219,6 +224,17 @@ class TestPlan:
     def test_what_would_not_fit_alone_is_too_large_whatever_is_pinned(self):
         assert plan(scene(11, resident("a", 4), pins={"a"})) == TooLarge("new", 11, 10)
 
+    def test_the_pinned_that_are_in_memory_are_named(self):
+        pinned = [resident(name, 1) for name in "dbeca"]
+        rules = dataclasses.replace(RULES, max_resident_engines=8)
+        found = plan(scene(6, *pinned, rules=rules, pins={*"abcde", "away"}))
+        assert found == TooLarge("new", 6, 5, tuple("abcde"))
+
+    def test_beside_more_pinned_than_may_be_there_nothing_is_left(self):
+        rules = dataclasses.replace(RULES, budget_bytes=5)
+        found = plan(scene(1, resident("a", 6), rules=rules, pins={"a"}))
+        assert found == TooLarge("new", 1, 0, ("a",))
+
     @pytest.mark.parametrize(
         ("new_gib", "found"),
         [
@@ -240,10 +256,21 @@ class TestPlan:
     def test_no_more_caches_go_than_are_needed_and_none_where_all_are_too_few(
         self, missing: int, drop_caches: tuple[str, ...], victims: tuple[str, ...]
     ):
-        cached = [resident(name, 5) for name in "ab"]
+        cached = [resident(name, 5) for name in "ba"]
         for each in cached:
             each.cache_bytes = 2
         assert plan(scene(missing, *cached)) == LoadPlan("new", KEY, victims, drop_caches)
+
+    def test_only_what_has_a_cache_is_asked_for_it(self):
+        cached = resident("b", 5)
+        cached.cache_bytes, cached.last_used_s = 2, 5.0
+        found = plan(scene(2, resident("a", 5), cached))
+        assert found == LoadPlan("new", KEY, drop_caches=("b",))
+
+    def test_the_cache_of_one_that_stops_is_not_asked_for(self):
+        moving = resident("a", 6)
+        moving.state, moving.cache_bytes = EngineState.STOPPING, 2
+        assert plan(scene(6, moving)) == Blocked("new", WaitReason.TRANSITION, 2, ("a",))
 
     def test_caches_stay_where_a_place_is_missing_as_well(self):
         rules = dataclasses.replace(RULES, max_resident_engines=1)
@@ -258,6 +285,28 @@ class TestPlan:
         residents = resident("a", 4, load_s=3.0), resident("b", 4, load_s=5.0)
         found = plan(scene(4, *residents, queue=queue, demands=often))
         assert found == LoadPlan("new", KEY, ("a",))
+
+    def test_one_that_somebody_waits_for_costs_as_if_it_were_surely_wanted(self):
+        queue = StepQueue()
+        queue.add(step(9, "a", Priority.BATCH))
+        found = plan(scene(4, resident("a", 4), resident("b", 4), queue=queue))
+        assert found == LoadPlan("new", KEY, ("b",))
+
+    def test_what_nobody_ever_asked_for_costs_nothing_however_long_it_loads(self):
+        found = plan(scene(4, resident("b", 4, load_s=9.0), resident("a", 4)))
+        assert found == LoadPlan("new", KEY, ("a",))
+
+    def test_what_did_not_come_back_when_an_engine_ended_is_not_there(self):
+        leaks = {"gone": Leak(3, 0)}
+        memory = Memory(12, 9)
+        assert plan(scene(7, memory=memory, leaks=leaks)) == LoadPlan("new", KEY)
+        found = plan(scene(8, memory=memory, leaks=leaks))
+        assert found == Blocked("new", WaitReason.ROOM, 1)
+
+    def test_one_that_drains_already_may_be_the_victim(self):
+        victim = resident("a", 6)
+        victim.state = EngineState.DRAINING
+        assert plan(scene(6, victim)) == LoadPlan("new", KEY, ("a",))
 
     @pytest.mark.parametrize(("weight", "goes"), [(0.503, "a"), (0.497, "b")])
     def test_the_chance_that_it_is_wanted_within_a_minute_counts(self, weight: float, goes: str):
