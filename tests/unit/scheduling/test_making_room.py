@@ -196,15 +196,15 @@ def test_below_a_floor_a_victim_takes_steps_again(house):
     house.ask(engine("new", 50))
     assert house.make_way() == []
     assert (victim.state, victim.why) == (EngineState.DRAINING, "new")
-    assert house.room.resumed is False
+    assert not house.room.resumed
     house.state.level = Level.SOFT
     assert house.relieve() == []
     assert (victim.state, victim.why) == (EngineState.READY, "")
-    assert house.room.resumed is True
+    assert house.room.resumed
     house.state.level = Level.NORMAL
     house.room.resumed = False
     assert house.relieve() == []
-    assert house.room.resumed is False
+    assert not house.room.resumed
 
 
 # --- loads ---
@@ -345,7 +345,7 @@ def test_victims_leave_one_by_one_as_they_have_no_more_work(house):
     assert house.make_way() == [Unload("a", "ROOM")]
     house.state.leave("a")
     assert house.make_way() == [Load("new", 1)]
-    assert house.room.resumed is False
+    assert not house.room.resumed
 
 
 def test_the_batch_steps_of_a_victim_are_stopped_for_whom_it_leaves(house):
@@ -365,7 +365,7 @@ def test_a_plan_goes_on_for_a_sooner_step_on_the_same_engine(house):
     house.ask(engine("new", 50), Priority.URGENT)
     assert house.make_way() == []
     assert victim.state is EngineState.DRAINING
-    assert house.room.resumed is False
+    assert not house.room.resumed
 
 
 def draining(house: House) -> tuple[Resident, QueuedStep]:
@@ -517,7 +517,7 @@ def test_a_victim_that_has_begun_to_stop_is_not_brought_back(house):
     house.state.drop(step.id)
     assert house.make_way() == []
     assert (victim.state, victim.why) == (EngineState.STOPPING, "ROOM")
-    assert house.room.resumed is False
+    assert not house.room.resumed
 
 
 # --- second attempts ---
