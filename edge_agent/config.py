@@ -484,10 +484,7 @@ def _across(config: Config, wrong: set[str]) -> Iterator[FieldViolation]:
         limit = format_duration(worker.heartbeat_interval_s)
         yield FieldViolation(timeout, f"{said} ({limit})")
     yield from _floors(config.scheduling, violated)
-    for name, server in config.tools.servers.items():
-        yield from _server(format_path(("tools", "servers", name)), server)
-    for name, allowed in config.tools.allow.items():
-        yield from _allowed(name, allowed, config.tools.servers)
+    yield from _tools(config.tools, wrong)
     room = config.scheduling.max_resident_engines
     limit_key = "scheduling.max_resident_engines"
     if violated(len(config.preload) > room, "preload", limit_key):
@@ -507,6 +504,22 @@ def _floors(
     if soft is not None and hard is not None and violated(hard >= soft, hard_key, soft_key):
         said = f"{format_size(hard)}, must be below {soft_key} ({format_size(soft)})"
         yield FieldViolation(hard_key, said)
+
+
+def _tools(tools: Tools, wrong: set[str]) -> Iterator[FieldViolation]:
+    """Rules within an entry; none for one that has something wrong in it by itself."""
+
+    def is_right(key: str) -> bool:
+        return not any(each == key or each.startswith((f"{key}.", f"{key}[")) for each in wrong)
+
+    for name, server in tools.servers.items():
+        key = format_path(("tools", "servers", name))
+        yield from _server(key, server) if is_right(key) else ()
+    for name, allowed in tools.allow.items():
+        key = format_path(("tools", "allow", name))
+        yield from _allowed(key, allowed, tools.servers) if is_right(key) else ()
+        if name == ANSWER:
+            yield FieldViolation(key, f'"{ANSWER}" is taken by the branch that answers in words')
 
 
 def _server(key: str, server: ToolServer) -> Iterator[FieldViolation]:
@@ -530,12 +543,9 @@ def _server(key: str, server: ToolServer) -> Iterator[FieldViolation]:
 
 
 def _allowed(
-    name: str, allowed: AllowedTool, servers: Mapping[str, ToolServer]
+    key: str, allowed: AllowedTool, servers: Mapping[str, ToolServer]
 ) -> Iterator[FieldViolation]:
     """A built-in or a server's tool, and what a call of it leaves behind, which nobody guesses."""
-    key = format_path(("tools", "allow", name))
-    if name == ANSWER:
-        yield FieldViolation(key, f'"{ANSWER}" is taken by the branch that answers in words')
     if allowed.side_effect is None:
         said = f"is missing, must be one of {', '.join(SideEffect)}"
         yield FieldViolation(f"{key}.side_effect", said)
