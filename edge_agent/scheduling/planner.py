@@ -192,8 +192,7 @@ class Planner:
 
     def _serve_all(self, now_s: float) -> Iterator[Action]:
         state = self.state
-        for step in state.wanted_in_memory():
-            state.drop(step.id)
+        for step in state.satisfied():
             yield Ready(step)
         for name in list(state.queue.engines()):
             resident = state.residents.get(name)
@@ -203,15 +202,12 @@ class Planner:
     def _serve(self, resident: Resident, now_s: float) -> Iterator[Action]:
         """Give out free places in turn; a BATCH step may have to leave one."""
         state = self.state
-        runs = resident.running.values()
-        if len(runs) >= resident.slots and not any(run.step.preemptible for run in runs):
-            return
         while (head := state.queue.head(resident.name)) is not None:
             key, step = head
             if not resident.has_place(step, state.parallel(resident, step)):
                 yield from self._room.preempt_for(resident, key, step)
                 return
-            state.queue.take(step, self._cost_s(step))
+            state.take(step, self._cost_s(step))
             resident.running[step.id] = Running(step, key, now_s)
             resident.last_used_s = now_s
             yield Start(step)

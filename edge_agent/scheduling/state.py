@@ -3,7 +3,9 @@
 Changed by the planner and by what makes room; reads no clock.
 """
 
+import bisect
 import heapq
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -16,9 +18,6 @@ from edge_agent.scheduling.pressure import Level, parallel_steps
 from edge_agent.scheduling.queue import Key, StepQueue
 from edge_agent.scheduling.residents import Leak, Resident
 from edge_agent.scheduling.values import EngineFacts, MachineView, QueuedStep, Refuse, Rules
-
-_SPARE_DEADLINES = 64
-"""So many entries of steps that don't wait any more are kept before they are cleared away."""
 
 
 class State:
@@ -41,7 +40,7 @@ class State:
         self.demands: dict[str, Demand] = {}
         self.preemptions: dict[int, int] = {}
         self.queue = StepQueue(lambda client: self.rules.client_weights.get(client, 1.0))
-        self._deadlines: list[tuple[float, int]] = []
+        self._deadlines: list[tuple[float, int, QueuedStep]] = []
         self._load_only: dict[int, QueuedStep] = {}
 
     # --- what is known ---
@@ -77,15 +76,6 @@ class State:
         while heads:
             yield heapq.heappop(heads)
 
-    def wanted_in_memory(self) -> list[QueuedStep]:
-        """Steps that ask for no more than that their engine takes steps, which it does."""
-        return [
-            step
-            for step in self._load_only.values()
-            if (resident := self.residents.get(step.engine)) is not None
-            and resident.state is EngineState.READY
-        ]
-
     def in_transition(self) -> bool:
         """Whether an engine is on its way in or out: they move one at a time."""
         moving = (EngineState.LOADING, EngineState.STOPPING)
@@ -110,8 +100,6 @@ class State:
 
     def next_deadline_s(self) -> float:
         """When the next waiting step runs out of time; infinite when none does."""
-        while self._deadlines and self._deadlines[0][1] not in self.queue:
-            heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else math.inf
 
     def pace(self, engine: str) -> Pace:
@@ -132,31 +120,42 @@ class State:
         if step.load_only:
             self._load_only[step.id] = step
         if step.deadline_s is not None:
-            heapq.heappush(self._deadlines, (step.deadline_s, step.id))
-            if len(self._deadlines) > 2 * len(self.queue) + _SPARE_DEADLINES:
-                self._deadlines = [
-                    (each.deadline_s, each.id)
-                    for each in self.queue.waiting()
-                    if each.deadline_s is not None
-                ]
-                heapq.heapify(self._deadlines)
+            bisect.insort(self._deadlines, (step.deadline_s, step.id, step))
+
+    def take(self, step: QueuedStep, cost_s: float) -> None:
+        """A waiting step runs now, at this cost to its flow (see `StepQueue.take`)."""
+        self.queue.take(step, cost_s)
+        self._forget_deadline(step)
 
     def drop(self, step_id: int) -> QueuedStep | None:
         """A waiting step leaves without having run; None when it does not wait."""
         step = self.queue.discard(step_id)
         if step is not None:
+            self._forget_deadline(step)
             self.preemptions.pop(step_id, None)
             self._load_only.pop(step_id, None)
             self.end_lease(step)
         return step
 
-    def expired(self, now_s: float) -> Iterator[QueuedStep]:
-        """Take out every waiting step whose deadline has come."""
-        while self.next_deadline_s() <= now_s:
-            _, step_id = heapq.heappop(self._deadlines)
-            step = self.drop(step_id)
-            if step is not None:
-                yield step
+    def expired(self, now_s: float) -> list[QueuedStep]:
+        """Take out every waiting step whose deadline has come, the earliest first."""
+        due = itertools.takewhile(lambda entry: entry[0] <= now_s, self._deadlines)
+        steps = [step for _, _, step in due]
+        for step in steps:
+            self.drop(step.id)
+        return steps
+
+    def satisfied(self) -> list[QueuedStep]:
+        """Take out those who ask for no more than that their engine takes steps, which it does."""
+        steps = [
+            step
+            for step in self._load_only.values()
+            if (resident := self.residents.get(step.engine)) is not None
+            and resident.state is EngineState.READY
+        ]
+        for step in steps:
+            self.drop(step.id)
+        return steps
 
     def refuse_all(self, engine: str, error: EdgeAgentError) -> list[Refuse]:
         """Everybody who waits for an engine gets this error."""
@@ -184,3 +183,8 @@ class State:
         resident = self.residents.get(step.engine)
         if resident is not None and resident.lease == step.id:
             resident.lease = None
+
+    def _forget_deadline(self, step: QueuedStep) -> None:
+        if step.deadline_s is not None:
+            entry = step.deadline_s, step.id, step
+            del self._deadlines[bisect.bisect_left(self._deadlines, entry)]
