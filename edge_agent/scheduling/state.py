@@ -7,6 +7,7 @@ import bisect
 import heapq
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 from edge_agent.core import EngineState, Priority
@@ -38,7 +39,7 @@ class State:
         self.pins: set[str] = set()
         self.paces: dict[tuple[str, int | None], Pace] = {}
         self.demands: dict[str, Demand] = {}
-        self.preemptions: dict[int, int] = {}
+        self.preemptions: Counter[int] = Counter()
         self.queue = StepQueue(lambda client: self.rules.client_weights.get(client, 1.0))
         self._deadlines: list[tuple[float, int, QueuedStep]] = []
         self._load_only: dict[int, QueuedStep] = {}
@@ -116,7 +117,7 @@ class State:
         """Let a step wait; `again`: it has run, and was stopped for no fault of its own."""
         self.queue.add(step, again=again)
         if again:
-            self.preemptions[step.id] = self.preemptions.get(step.id, 0) + 1
+            self.preemptions[step.id] += 1
         if step.load_only:
             self._load_only[step.id] = step
         if step.deadline_s is not None:
