@@ -194,6 +194,8 @@ def _set_aside(path: Path, why: str) -> Path:
     number = 1
     while (aside := path.with_name(f"{path.name}.{why}.{number}")).exists():
         number += 1
+    if not path.exists():  # it is set aside already
+        return path.with_name(f"{path.name}.{why}.{number - 1}")
     for suffix in ("-wal", "-shm", ""):
         old = path.with_name(path.name + suffix)
         if old.exists():

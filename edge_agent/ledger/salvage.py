@@ -3,11 +3,11 @@
 Changes nothing of the broken file.
 """
 
-import collections
-from collections.abc import Iterator
+import itertools
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import apsw
 
@@ -15,8 +15,9 @@ from edge_agent.errors import LedgerRowCorrupt
 from edge_agent.ledger import rows
 
 _MAX_KEY: Final = (1 << 63) - 1
-_MAX_RANGES: Final = 10_000
-"""Looked at in one table: the largest first, so that what is left out is small."""
+_ONE_BY_ONE: Final = 2_000
+"""More than the keys of a leaf: beyond it, it is an inner page that is broken."""
+_MAX_HOLES: Final = 10_000
 _SKIPPED_RESULTS: Final = 1 << 20
 """Result numbers that an unreadable row may have had."""
 
@@ -62,12 +63,14 @@ class Lost:
     """What a salvage did not find.
 
     `rows` are those seen with a wrong checksum, `holes` the ranges of keys that could not be read,
-    by table. `last_result` is the highest result number that was given; None if nothing says so.
+    by table. Of `runs` runs not all rows are there. `last_result` is the highest result number that
+    was given; None if nothing says so.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
     holes: dict[str, int] = field(default_factory=dict)
     kept: int = 0
+    runs: int = 0
     last_result: int | None = None
 
     def __str__(self) -> str:
@@ -79,6 +82,7 @@ class Lost:
         parts = [f"{self.kept} rows are kept"]
         parts += [f"rows with a wrong checksum: {', '.join(wrong)}"] if wrong else []
         parts += [f"places that can't be read: {', '.join(holes)}"] if holes else []
+        parts += [f"runs that are not whole: {self.runs}"] if self.runs else []
         return ", ".join(parts)
 
 
@@ -91,6 +95,8 @@ def copy(path: Path, into: apsw.Connection) -> Lost:
         with into:
             for table in TABLES:
                 _copy_table(broken, into, table, lost)
+            lost.runs = _not_whole(into)
+            _drop_orphans(into)
         lost.last_result = _last_result(broken, into, lost)
     finally:
         broken.close()
@@ -104,7 +110,12 @@ def _copy_table(broken: apsw.Connection, into: apsw.Connection, table: Table, lo
         f" VALUES ({marks})"
     )
     reader = _Reader(broken, table)
-    for row in reader.read():
+    if table is _EVENTS:
+        found: Any = into.execute("SELECT run FROM heads ORDER BY run").fetchall()
+        readable = reader.by_run([run for (run,) in found])
+    else:
+        readable = reader.dense()
+    for row in readable:
         into.execute(insert, row)
         lost.kept += into.changes()
     lost.rows[table.name] = len(reader.wrong)
@@ -112,54 +123,104 @@ def _copy_table(broken: apsw.Connection, into: apsw.Connection, table: Table, lo
 
 
 class _Reader:
-    """Reads a table from both ends to where it breaks, then halves what is left between them."""
+    """Reads a table around the places where it is broken."""
 
     def __init__(self, connection: apsw.Connection, table: Table) -> None:
         self.wrong: set[int] = set()
         """Keys of rows with a wrong checksum."""
         self.holes = 0
-        """Ranges of keys that can't be read."""
+        """Places that can't be read."""
         self._connection = connection
         self._table = table
-        self._waiting: collections.deque[tuple[int, int]] = collections.deque()
 
-    def read(self) -> Iterator[rows.Row]:
-        """All rows that can be reached and are as they were written."""
-        self._waiting.append((0, _MAX_KEY))
-        for _ in range(_MAX_RANGES):
-            if not self._waiting:
+    def dense(self) -> Iterator[rows.Row]:
+        """All rows that can be reached, of a table whose keys follow each other closely."""
+        first = 0
+        while self.holes < _MAX_HOLES:
+            broke_at = yield from self._scan(first, _MAX_KEY, "ASC")
+            if broke_at is None:
                 return
-            yield from self._range(*self._waiting.popleft())
-        self.holes += len(self._waiting)
-
-    def _range(self, first: int, last: int) -> Iterator[rows.Row]:
-        for order in ("ASC", "DESC"):
-            try:
-                for row in self._scan(first, last, order):
-                    yield row
-                    if order == "ASC":
-                        first = row[0] + 1
-                    else:
-                        last = row[0] - 1
-            except (apsw.Error, UnicodeDecodeError):
-                continue
-            return
-        if first < last:
-            middle = (first + last) // 2
-            self._waiting += ((first, middle), (middle + 1, last))
-        elif first == last:
             self.holes += 1
+            beyond = self._beyond(broke_at + 1)
+            if beyond is None:
+                break
+            first = beyond
+        yield from self._scan(first, _MAX_KEY, "DESC")
 
-    def _scan(self, first: int, last: int, order: str) -> Iterator[rows.Row]:
+    def by_run(self, runs: Sequence[int]) -> Iterator[rows.Row]:
+        """All rows that can be reached, of a table whose keys begin with a run's number.
+
+        What lies between two holes of one run is left out: the run is not whole without them.
+        """
+        broke_at = yield from self._scan(0, _MAX_KEY, "ASC")
+        if broke_at is None:
+            return
+        below = yield from self._scan(broke_at + 1, _MAX_KEY, "DESC")
+        if below is None:
+            return
+        self.holes += 1
+        for run in runs:
+            first = max(broke_at + 1, run << rows.SEQUENCE_BITS)
+            last = min(below - 1, (run + 1 << rows.SEQUENCE_BITS) - 1)
+            broken = None if first > last else (yield from self._scan(first, last, "ASC"))
+            if broken is not None:
+                self.holes += 1
+                yield from self._scan(broken + 1, last, "DESC")
+
+    def _beyond(self, key: int) -> int | None:
+        """Where a table can be read again: looked for one by one, then in ever longer steps."""
+        step = 1
+        for tried in itertools.count():
+            if key > _MAX_KEY:
+                return None
+            if self._reaches(key):
+                return key
+            step = step if tried < _ONE_BY_ONE else step * 2
+            key += step
+        return None
+
+    def _reaches(self, key: int) -> bool:
+        table = self._table
+        try:
+            self._connection.execute(f"{table.select} WHERE {table.key} = ?", (key,)).fetchone()
+        except (apsw.Error, UnicodeDecodeError):
+            return False
+        return True
+
+    def _scan(self, first: int, last: int, order: str) -> Generator[rows.Row, None, int | None]:
+        """Yields what is as it was written; returns the key of the last one before it broke."""
         table = self._table
         query = f"{table.select} WHERE {table.key} BETWEEN ? AND ? ORDER BY {table.key} {order}"
-        for row in self._connection.execute(query, (first, last)):
-            try:
-                rows.checked(table.name, row if table.key_is_covered else row[1:])
-            except LedgerRowCorrupt:
-                self.wrong.add(row[0])
-            else:
-                yield row
+        key = first - 1 if order == "ASC" else last + 1
+        try:
+            for row in self._connection.execute(query, (first, last)):
+                try:
+                    rows.checked(table.name, row if table.key_is_covered else row[1:])
+                except LedgerRowCorrupt:
+                    self.wrong.add(row[0])
+                else:
+                    key = row[0]
+                    yield row
+        except (apsw.Error, UnicodeDecodeError):
+            return key
+        return None
+
+
+def _not_whole(into: apsw.Connection) -> int:
+    found: Any = into.execute(
+        "SELECT count(*) FROM runs FULL JOIN heads ON heads.run = runs.number"  # noqa: S608 - constants
+        " WHERE number IS NULL OR run IS NULL OR heads.events != (SELECT count(*) FROM events"
+        f" WHERE key >= run << {rows.SEQUENCE_BITS} AND key < run + 1 << {rows.SEQUENCE_BITS})"
+    ).fetchone()
+    return int(found[0])
+
+
+def _drop_orphans(into: apsw.Connection) -> None:
+    """Nothing can be made of what a run left without what its caller had asked for."""
+    gone = "NOT IN (SELECT number FROM runs)"
+    into.execute(f"DELETE FROM heads WHERE run {gone}")  # noqa: S608 - constants
+    into.execute(f"DELETE FROM outcomes WHERE run {gone}")  # noqa: S608 - constants
+    into.execute(f"DELETE FROM events WHERE key >> {rows.SEQUENCE_BITS} {gone}")  # noqa: S608 - constants
 
 
 def _last_result(broken: apsw.Connection, into: apsw.Connection, lost: Lost) -> int | None:
