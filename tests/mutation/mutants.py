@@ -69,10 +69,10 @@ def mutants(source: str, module: str, filename: str) -> list[Mutant]:
     found = []
     for spot in list(_spots(tree, (), ())):
         before = [_parts(node) for node in (spot.node, *spot.within)]
-        ast.copy_location(spot.change, spot.node)
+        ast.fix_missing_locations(ast.copy_location(spot.change, spot.node))
         spot.put(spot.change)
         after = [_parts(node) for node in (spot.change, *spot.within)]
-        code = compile(ast.fix_missing_locations(tree), filename, "exec", dont_inherit=True)
+        code = compile(tree, filename, "exec", dont_inherit=True)
         spot.put(spot.node)
         texts = list(dict.fromkeys(map(_difference, before, after)))
         if isinstance(spot.node, ast.Constant):

@@ -174,10 +174,19 @@ def listed() -> set[str]:
     return set(names)
 
 
+def _tried(module: str) -> list[Mutant]:
+    path = ROOT / "edge_agent" / "scheduling" / f"{module}.py"
+    return mutants(path.read_text(), module, str(path))
+
+
+def nowhere() -> set[str]:
+    """What is listed and is no mutant of any module: misspelt, or its line has changed since."""
+    return listed() - {mutant.name for module in MODULES for mutant in _tried(module)}
+
+
 def check(module: _Module, known: set[str], jobs: int, end_s: float) -> bool:
     """Try a module's mutants, say what became of them; whether all is well."""
-    path = ROOT / "edge_agent" / "scheduling" / f"{module.name}.py"
-    tried, began_s = mutants(path.read_text(), module.name, str(path)), time.monotonic()
+    tried, began_s = _tried(module.name), time.monotonic()
     counts: Counter[str] = Counter()
     survived = set()
     for mutant, outcome in outcomes(module, tried, jobs, end_s):
