@@ -111,7 +111,7 @@ class RoomMaker:
             for run in resident.running.values()
             if run.step.preemptible
             and run.key > key
-            and self._state.preemptions.get(run.step.id, 0) < _MAX_PREEMPTIONS
+            and self._state.preemptions[run.step.id] < _MAX_PREEMPTIONS
         ]
 
     def _preempt(
