@@ -130,10 +130,10 @@ class LedgerModel(RuleBasedStateMachine):
             deaths=stored.deaths if again else 0,
         )
 
-    @precondition(lambda self: self._unfinished())
+    @precondition(lambda self: self._running())
     @rule(data=st.data(), deaths=st.integers(0, 2))
     def recover(self, data: st.DataObject, deaths: int) -> None:
-        expected = data.draw(st.sampled_from(self._unfinished()))
+        expected = data.draw(st.sampled_from(self._running()))
         self._do(self.ledger.commit(RunRecovered(expected.stored.run.id, deaths)))
         expected.stored = dataclasses.replace(expected.stored, deaths=deaths)
 
@@ -212,6 +212,9 @@ class LedgerModel(RuleBasedStateMachine):
 
     def _unfinished(self) -> list[Expected]:
         return [each for each in self.expected.values() if not each.stored.run.state.ended]
+
+    def _running(self) -> list[Expected]:
+        return [each for each in self._unfinished() if each.stored.running_step is not None]
 
     def _to_deliver(self, client: str) -> list[str]:
         waiting = [
