@@ -37,11 +37,13 @@ from edge_agent.settings import (
     request_limits,
     run_settings,
     scheduler_settings,
+    tools_settings,
 )
 from edge_agent.status import DaemonState, DaemonStatus
 from edge_agent.telemetry.recorder import Recorder
 from edge_agent.telemetry.sampler import Sampler
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
+from edge_agent.tools.tools import DaemonTools
 
 LAST_GOOD_CONFIG = "config.last-good.yaml"
 HALTS = "halts.json"
@@ -145,7 +147,6 @@ class Daemon:
         config = file.config
         assert config.engines_dir is not None  # noqa: S101 - load_config fills it in
         self._catalogue = Catalogue(config.engines_dir)
-        self._limits = request_limits(config, self._default_engine)
         state_dir, sysroot = file.locations.state_dir, config.telemetry.sysroot
         latch = HaltLatch(state_dir / HALTS)
         self._sampler = Sampler(
@@ -162,6 +163,10 @@ class Daemon:
             quarantine=Quarantine(state_dir, read_boot_id(sysroot)),
         )
         self._recorder = Recorder(self.telemetry)
+        self._tools = DaemonTools(
+            tools_settings(config), status=self._device_status, on_change=self._set_limits
+        )
+        self._set_limits()
         self._ledger = Ledger.open(state_dir, ledger_settings(config))
         journal = LedgerJournal(self._ledger)
         self._runs = Runs(
@@ -169,6 +174,7 @@ class Daemon:
             latch,
             run_settings(config),
             recorder=self._recorder,
+            daemon_tools=self._tools,
             records=LedgerRecords(self._ledger),
             machine=self._recorder,
             journal=journal,
@@ -193,6 +199,7 @@ class Daemon:
         await self._acknowledged.recover()
         await self._servers.start()
         self._sampler.start()
+        await self._tools.start()
         gc.freeze()  # what is built by now stays: the collector need not look at it at every call
         own = [asyncio.create_task(self._feed_watchdog()), asyncio.create_task(self._probe.run())]
         try:
@@ -211,6 +218,7 @@ class Daemon:
             await self._shut_down()
         finally:
             await self._scheduler.stop()
+            await self._tools.stop()
             self._sampler.stop()
             for task in own:
                 task.cancel()
@@ -260,7 +268,7 @@ class Daemon:
                 config, self._machine.part, self._machine.total_bytes
             )
             self._runs.settings = run_settings(config)
-            self._limits = request_limits(config, self._default_engine)
+            self._set_limits()
             log.info("config_reloaded", needs_restart=list(changed))
         except ConfigError as error:
             log.error("config_reload_failed", error=error.message)
@@ -293,6 +301,23 @@ class Daemon:
         # Engines first: the lock goes with the servers, and who takes it next needs the memory.
         await self._scheduler.stop()
         await self._servers.stop(_CLOSE_STREAMS_S)
+
+    def _set_limits(self) -> None:
+        """What requests may ask for, as the configuration and the tools that are up have it."""
+        self._limits = request_limits(self._file.config, self._default_engine, self._tools.tools())
+
+    def _device_status(self) -> dict[str, object]:
+        """What the tool `device_status` tells a model; unknown is null."""
+        snapshot = self.telemetry()
+        return {
+            "memory_available_bytes": snapshot.mem_available_bytes,
+            "memory_total_bytes": snapshot.mem_total_bytes,
+            "hottest_zone": snapshot.hottest.fresh,
+            "power_mode": self._recorder.power_mode(),
+            "power_mw": snapshot.power_mw.fresh,
+            "throttled": snapshot.is_throttled,
+            "engines": {each.name: each.state for each in self._scheduler.engines()},
+        }
 
     def _hand_over(self, snapshot: TelemetrySnapshot) -> None:
         """From the sampler's thread to this loop."""
@@ -346,6 +371,7 @@ class Daemon:
         reasons = [self._file.problem] if self._file.problem else []
         reasons += [self._probe.stuck.text] if self._probe.stuck else []
         reasons += self._ledger.degraded
+        reasons += self._tools.problems()
         try:
             installed, broken = self._catalogue.contents()
         except ManifestError as error:

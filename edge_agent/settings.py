@@ -1,6 +1,6 @@
 """From the configuration to the settings of each part."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from edge_agent.api.ports import RequestLimits
 from edge_agent.config import (
@@ -10,7 +10,7 @@ from edge_agent.config import (
     Scheduling,
     ToolServer,
 )
-from edge_agent.core import SideEffect
+from edge_agent.core import SideEffect, Tool
 from edge_agent.engines.host import WorkerSettings
 from edge_agent.engines.manifest import Manifest
 from edge_agent.engines.protocol import Options
@@ -162,7 +162,11 @@ def _allowed_tool(allowed: AllowedTool) -> tools.AllowedTool:
     )
 
 
-def request_limits(config: Config, default_engine: Callable[[], str | None]) -> RequestLimits:
+def request_limits(
+    config: Config,
+    default_engine: Callable[[], str | None],
+    daemon_tools: Mapping[str, Tool],
+) -> RequestLimits:
     """What the configuration lets a request ask for."""
     runs = config.runs
     return RequestLimits(
@@ -177,4 +181,5 @@ def request_limits(config: Config, default_engine: Callable[[], str | None]) -> 
         max_tools=runs.max_tools,
         max_tool_result_bytes=runs.max_tool_result_bytes,
         slow_reader_s=runs.slow_reader_s,
+        daemon_tools=daemon_tools,
     )

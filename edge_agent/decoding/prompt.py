@@ -156,7 +156,7 @@ def result_text(name: str, content: str, *, is_error: bool) -> str:
         value: object = json.loads(content)
     except (ValueError, RecursionError):
         value = content
-    return to_json({"tool": name, "error" if is_error else "result": value})
+    return to_json({"tool": name, "untrusted_error" if is_error else "untrusted_result": value})
 
 
 def to_json(value: object) -> str:

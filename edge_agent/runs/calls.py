@@ -32,7 +32,9 @@ from edge_agent.errors import (
     InvalidRequest,
     NotFound,
     OutcomeUnknown,
+    Overloaded,
     StepFailed,
+    ToolNotReady,
 )
 from edge_agent.records import CallRecord, ResultClass
 from edge_agent.runs import history
@@ -40,6 +42,9 @@ from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.live import LiveRun
 from edge_agent.runs.recording import Records, StepRecorder
 from edge_agent.runs.settings import RunSettings
+
+_NEVER_BEGAN = (FailedPrecondition, NotFound, Overloaded, ToolNotReady)
+"""What a tool of the daemon's own refuses with before it does anything."""
 
 
 class DaemonTools(Protocol):
@@ -272,7 +277,7 @@ class ToolCalls:
             raise
         except EdgeAgentError as error:
             late = isinstance(error, DeadlineExceeded)
-            if once and not error_before_start(error):
+            if once and not isinstance(error, _NEVER_BEGAN):
                 self._lose(call, once=True, kind=ResultClass.TIMEOUT if late else None)
                 message = f"tool {call.name!r} gave no result: {error.message}"
                 metadata = {**error.metadata, "tool": call.name, "tool_call_ids": call.id}
@@ -346,8 +351,3 @@ class ToolCalls:
     def let_go(self) -> None:
         """Stop waiting; what is open stays so, for a later result."""
         self._open.clear()
-
-
-def error_before_start(error: EdgeAgentError) -> bool:
-    """Whether a tool of the daemon's own can't have begun when it gave this error."""
-    return error.code in ("RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "NOT_FOUND")

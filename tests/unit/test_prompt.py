@@ -109,7 +109,7 @@ class TestTurns:
         assert text_of(rendered(messages)) == (
             "<|begin|><|system|>Be brief.<|end|><|user|>Stop!<|end|>"
             '<|assistant|>{"name": "stop", "arguments": {"hard": true}}<|end|>'
-            '<|tool|>{"tool": "stop", "result": "stopped"}<|end|><|assistant|>'
+            '<|tool|>{"tool": "stop", "untrusted_result": "stopped"}<|end|><|assistant|>'
         )
 
     def test_the_default_system_text_stands_in_for_a_missing_one_only(self):
@@ -132,8 +132,8 @@ class TestTurns:
             said(Role.TOOL, "one", tool_call_id="call-1"),
         ]
         text = text_of(rendered(messages))
-        assert '<|tool|>{"tool": "b", "result": "two"}<|end|>' in text
-        assert '<|tool|>{"tool": "a", "result": "one"}<|end|>' in text
+        assert '<|tool|>{"tool": "b", "untrusted_result": "two"}<|end|>' in text
+        assert '<|tool|>{"tool": "a", "untrusted_result": "one"}<|end|>' in text
 
     def test_an_earlier_answer_looks_as_the_model_would_have_written_it(self):
         messages = [said(Role.USER, "Hi"), said(Role.ASSISTANT, "Hello"), said(Role.USER, "Go")]
@@ -163,7 +163,7 @@ class TestTools:
         text = text_of(rendered([said(Role.USER, "Go")], [tool]))
         assert (
             '<|user|>Halt!<|end|><|assistant|>{"name": "stop", "arguments": {"hard": true}}<|end|>'
-            '<|tool|>{"tool": "stop", "result": "stopped"}<|end|>'
+            '<|tool|>{"tool": "stop", "untrusted_result": "stopped"}<|end|>'
             '<|assistant|>{"answer": "Done."}<|end|>'
             '<|user|>Hi.<|end|><|assistant|>{"answer": "Hello!"}<|end|><|user|>Go<|end|>'
         ) in text
@@ -177,17 +177,17 @@ class TestResults:
     @given(JSON_VALUES)
     def test_json_stays_json(self, value: object):
         text = result_text("t", json.dumps(value), is_error=False)
-        assert json.loads(text) == {"tool": "t", "result": value}
+        assert json.loads(text) == {"tool": "t", "untrusted_result": value}
 
     @given(st.text(alphabet=st.characters(exclude_categories=["Cs", "N"]), min_size=1))
     def test_other_text_is_a_string(self, text: str):
         content = f"- {text}"  # no JSON, whatever follows
-        assert json.loads(result_text("t", content, is_error=False))["result"] == content
+        assert json.loads(result_text("t", content, is_error=False))["untrusted_result"] == content
 
     def test_an_error_says_so(self):
         assert json.loads(result_text("t", "stuck", is_error=True)) == {
             "tool": "t",
-            "error": "stuck",
+            "untrusted_error": "stuck",
         }
 
     @pytest.mark.parametrize("content", [r'"\ud83e"', r'{"\udd16": ["\ud83e"]}'])
@@ -202,7 +202,7 @@ class TestResults:
 
     def test_json_nested_too_deep_to_parse_is_text(self):
         content = "[" * 100_000
-        assert json.loads(result_text("t", content, is_error=False))["result"] == content
+        assert json.loads(result_text("t", content, is_error=False))["untrusted_result"] == content
 
 
 class TestCaching:
