@@ -20,6 +20,9 @@ def own(name: str) -> pb.Tool:
     return pb.Tool(name=name, executor=pb.EXECUTOR_DAEMON)
 
 
+BOTH = [own("clock"), own("device_status")]
+
+
 @pytest.fixture(scope="module")
 def daemon(engine_store):
     with running_daemon(engine_store, CONFIG) as running:
@@ -33,7 +36,7 @@ def client(daemon):
 
 
 def test_the_daemon_executes_its_own_tool_and_the_model_reads_the_result(client):
-    spec = goal("Call the tool clock.", tools=[own("clock")], max_tool_calls=1)
+    spec = goal("Call the tool clock.", tools=BOTH, max_tool_calls=1)
     run_id = client.create(spec).id
     seen = list(client.watch(run_id, 0))
     assert "daemon_tool_started" in kinds(seen)
@@ -46,7 +49,7 @@ def test_the_daemon_executes_its_own_tool_and_the_model_reads_the_result(client)
 def test_what_needs_approval_by_the_allow_list_waits_for_it(client):
     spec = goal(
         "Use device_status to check the memory.",
-        tools=[own("device_status")],
+        tools=BOTH,
         max_tool_calls=1,
         max_output_tokens=40,
     )
