@@ -13,6 +13,7 @@ import os
 import resource
 import socket
 import sys
+import threading
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, Final, Self
@@ -37,8 +38,9 @@ from edge_agent.tools.results import bounded
 from edge_agent.tools.settings import CommandServer, HttpServer, Server
 
 _RECEIVE_BYTES: Final = 256 * 1024
-_MEMORY_BYTES: Final = 512 * 1024 * 1024
+_MEMORY_BYTES: Final = 256 * 1024 * 1024
 """A server that answers without end costs this much, never the robot's memory."""
+_STACK_BYTES: Final = 1024 * 1024
 _MOST_PAGES: Final = 100
 _MAX_SCHEMA_BYTES: Final = 64 * 1024
 _MAX_DESCRIPTION_CHARACTERS: Final = 4096
@@ -376,6 +378,7 @@ class Process:
 
 def _bound_memory() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    threading.stack_size(_STACK_BYTES)  # the usual 8 MiB of each thread would count too
     bound = _MEMORY_BYTES if most == resource.RLIM_INFINITY else min(_MEMORY_BYTES, most)
     resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
 

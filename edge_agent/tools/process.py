@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -21,12 +21,14 @@ from edge_agent import child_process
 from edge_agent.errors import DeadlineExceeded, ToolNotReady, ToolUnavailable
 from edge_agent.frames import Framer
 from edge_agent.tools import protocol
+from edge_agent.tools.bucket import Bucket
 from edge_agent.tools.pause import LONGEST_PAUSE_S, pause_s
 from edge_agent.tools.settings import ServerTool, ToolsSettings
 
 _MODULE = "edge_agent.tools.mcp_host"
 _STOP_S = 5.0
 _LAST_WORDS_S = 1.0
+_LINES_A_MINUTE = 600
 
 log = structlog.get_logger()
 
@@ -45,12 +47,18 @@ class ServerState:
 class McpProcess:
     """One process for all servers, from `start` to `stop`."""
 
-    def __init__(self, settings: ToolsSettings, wanted: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        settings: ToolsSettings,
+        wanted: Mapping[str, Sequence[str]],
+        on_change: Callable[[], None],
+    ) -> None:
         """`wanted` are the tools that may be called, by server; nothing runs yet."""
         self._settings = settings
         self._wanted = {name: tuple(tools) for name, tools in wanted.items()}
         self.servers = {name: ServerState({}, {}) for name in wanted}
         self.problem = ""
+        self._on_change = on_change
         self._calls: dict[int, asyncio.Future[protocol.Answered | protocol.Failed]] = {}
         self._ids = itertools.count(1)
         self._process: asyncio.subprocess.Process | None = None
@@ -90,11 +98,7 @@ class McpProcess:
             DeadlineExceeded: reason TOOL_TIMEOUT.
         """
         metadata = {"server": source.server, "tool": source.tool}
-        state, channel = self.servers[source.server], self._channel
-        if channel is None or not state.up:
-            why = state.why_down or self.problem or "it is starting"
-            message = f"tool server {source.server} is not up: {why}"
-            raise ToolNotReady(message, metadata=metadata)
+        channel = self._open_channel(source)
         call_id = next(self._ids)
         answer: asyncio.Future[protocol.Answered | protocol.Failed]
         answer = self._calls[call_id] = asyncio.get_running_loop().create_future()
@@ -116,6 +120,23 @@ class McpProcess:
             raise kind(f"tool server {source.server}: {said.why}", metadata=metadata)
         return said.text, said.is_error
 
+    def require_up(self, source: ServerTool) -> None:
+        """Nothing, where a call may be tried.
+
+        Raises:
+            ToolNotReady: the server is not up.
+        """
+        self._open_channel(source)
+
+    def _open_channel(self, source: ServerTool) -> "_Channel":
+        state, channel = self.servers[source.server], self._channel
+        if channel is None or not state.up:
+            why = state.why_down or self.problem or "it is starting"
+            message = f"tool server {source.server} is not up: {why}"
+            metadata = {"server": source.server, "tool": source.tool}
+            raise ToolNotReady(message, metadata=metadata)
+        return channel
+
     # --- the process ---
 
     async def _keep_running(self) -> None:
@@ -133,6 +154,7 @@ class McpProcess:
             wait_s = pause_s(failures, self._settings.first_pause_s)
             self.problem = f"tool servers: the process that speaks to them ended: {why}"
             log.error("tool_process_ended", why=why, failures=failures, pause_s=wait_s)
+            self._on_change()
             await asyncio.sleep(wait_s)
 
     async def _run_once(self) -> str:
@@ -217,10 +239,22 @@ class McpProcess:
                 answer.set_result(protocol.Failed(call_id, why, begun=True))
 
     async def _read_output(self, process: asyncio.subprocess.Process) -> None:
-        """What it and the servers that it started write to standard error."""
+        """What it and the servers that it started write to standard error becomes log lines.
+
+        As many as are bearable: these are programs that we don't know.
+        """
         assert process.stdout is not None  # noqa: S101 - asked for when it was started
 
+        bucket, left_out = Bucket(_LINES_A_MINUTE, time.monotonic()), 0
+
         def say(line: str) -> None:
+            nonlocal left_out
+            if bucket.take(time.monotonic()) is not None:
+                left_out += 1
+                return
+            if left_out:
+                log.warning("tool_process_output_left_out", pid=process.pid, lines=left_out)
+                left_out = 0
             log.info("tool_process_output", pid=process.pid, line=line)
 
         await child_process.read_lines(process.stdout, say)
@@ -247,9 +281,7 @@ class McpProcess:
             case protocol.Listed():
                 self._listed(message)
             case protocol.Down(server=server, why=why):
-                state = self.servers[server]
-                state.up, state.why_down = False, why
-                log.warning("tool_server_down", server=server, why=why)
+                self._down(self.servers[server], server, why)
             case protocol.Answered(id=call_id) | protocol.Failed(id=call_id):
                 answer = self._calls.get(call_id)
                 if answer is not None and not answer.done():
@@ -259,6 +291,12 @@ class McpProcess:
             case _:
                 pass
 
+    def _down(self, state: ServerState, server: str, why: str) -> None:
+        if state.up or state.why_down != why:  # else it is another try that has failed likewise
+            log.warning("tool_server_down", server=server, why=why)
+        state.up, state.why_down = False, why
+        self._on_change()
+
     def _listed(self, message: protocol.Listed) -> None:
         state = self.servers[message.server]
         state.tools = {tool.name: tool for tool in message.tools}
@@ -266,6 +304,7 @@ class McpProcess:
         state.up, state.seen, state.why_down = True, True, ""
         self.problem = ""
         log.info("tool_server_up", server=message.server, tools=sorted(state.tools))
+        self._on_change()
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

@@ -34,8 +34,12 @@ class DaemonTools:
         monotonic_s: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = builtin.now_utc,
         uptime_s: Callable[[], float] = builtin.machine_uptime_s,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`status` is what `device_status` tells; nothing runs yet."""
+        """`status` is what `device_status` tells; nothing runs yet.
+
+        `on_change` is called where `tools` or `problems` may have changed.
+        """
         self._settings = settings
         self._status = status
         self._monotonic_s = monotonic_s
@@ -51,7 +55,7 @@ class DaemonTools:
             if isinstance(allowed.source, ServerTool):
                 wanted[allowed.source.server].append(allowed.source.tool)
         has_mcp = importlib.util.find_spec("mcp") is not None
-        self._process = McpProcess(settings, wanted) if wanted and has_mcp else None
+        self._process = McpProcess(settings, wanted, on_change) if wanted and has_mcp else None
         self._lacks_mcp = bool(wanted) and not has_mcp
 
     async def start(self) -> None:
@@ -141,10 +145,12 @@ class DaemonTools:
             raise ToolNotReady(message, metadata={"tool": call.name})
         if problem := _wrong_arguments(call.arguments_json):
             return self._result(call, problem, is_error=True)
-        self._take(call.name)
         if isinstance(allowed.source, Builtin):
+            self._take(call.name)
             return self._result(call, self._builtin(allowed.source), is_error=False)
         assert self._process is not None  # noqa: S101 - or the tool would be absent
+        self._process.require_up(allowed.source)  # or the call would cost one of its rate
+        self._take(call.name)
         text, is_error = await self._process.call(allowed.source, call.arguments_json, timeout_s)
         return self._result(call, text, is_error=is_error)
 

@@ -1,31 +1,28 @@
 """An MCP server of ours, with tools that behave and tools that don't; run as a program.
 
-`mcp_server.py DIRECTORY` speaks over standard input and output; `mcp_server.py DIRECTORY PORT` over
-streamable HTTP. What happens in it is written to files in DIRECTORY, so that tests can see it.
+`mcp_server.py NOTES` speaks over standard input and output, `mcp_server.py NOTES PORT` over
+streamable HTTP. What happens in it is a line in NOTES, a named pipe, so that tests can wait for it.
 """
 
 import asyncio
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-import mcp.types as types
+from mcp import types
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
 
-DIRECTORY = Path(sys.argv[1])
+NOTES = os.open(sys.argv[1], os.O_WRONLY)
 
 server = MCPServer("stock")
 
 
-def note(name: str, text: str) -> None:
-    """One file, whole at once."""
-    partial = DIRECTORY / f"{name}.partial"
-    partial.write_text(text)
-    partial.rename(DIRECTORY / name)
+def note(*words: object) -> None:
+    """One line for the test."""
+    os.write(NOTES, f"{' '.join(str(word) for word in words)}\n".encode())
 
 
 @server.tool()
@@ -43,7 +40,7 @@ def environment(name: str) -> str:
 @server.tool()
 def directory() -> str:
     """Where the server runs."""
-    return str(Path.cwd())
+    return os.getcwd()  # noqa: PTH109 - as the system says it
 
 
 @server.tool()
@@ -54,22 +51,22 @@ def refuse() -> str:
 
 @server.tool()
 async def wait_for_ever() -> str:
-    """Never answer; says in files when it has begun and when it was cancelled."""
-    note("began", "")
+    """Never answer."""
+    note("began")
     try:
         await asyncio.Event().wait()
     except asyncio.CancelledError:
-        note("cancelled", "")
+        note("cancelled")
         raise
     return "never"
 
 
 @server.tool()
-def hang() -> str:
+async def hang() -> str:
     """Stop the whole server: nothing of it answers any more."""
-    note("hangs", str(os.getpid()))
+    note("hangs")
     while True:
-        time.sleep(60)
+        time.sleep(60)  # noqa: ASYNC251 - that is the point
 
 
 @server.tool()
@@ -84,6 +81,14 @@ def much(size_bytes: int) -> str:
     return "x" * size_bytes
 
 
+@server.tool()
+def complain(lines: int) -> str:
+    """Write so many lines to standard error."""
+    sys.stderr.write("broken!\n" * lines)
+    sys.stderr.flush()
+    return "said"
+
+
 @server.tool(structured_output=False)
 def picture() -> list[Any]:
     """A picture, a sound and a word."""
@@ -91,6 +96,11 @@ def picture() -> list[Any]:
         types.TextContent(type="text", text="look:"),
         types.ImageContent(type="image", data="AAAA", mime_type="image/png"),
         types.AudioContent(type="audio", data="AAAAAAAA", mime_type="audio/wav"),
+        types.ResourceLink(type="resource_link", name="map", uri="file:///map"),
+        types.EmbeddedResource(
+            type="resource",
+            resource=types.TextResourceContents(uri="file:///list", text="secret list"),
+        ),
     ]
 
 
@@ -110,7 +120,7 @@ def vanish() -> str:
 
 @server.tool()
 def misshapen() -> str:
-    """Its input schema is none."""
+    """Its input schema is none; see `main`."""
     return "never"
 
 
@@ -119,8 +129,8 @@ def main() -> None:
     for tool in server._tool_manager.list_tools():
         if tool.name == "misshapen":
             tool.parameters = {"type": "object", "properties": {"a": {"type": "nonsense"}}}
-    note("pid", str(os.getpid()))
-    print("stock server here", file=sys.stderr, flush=True)
+    note("pid", os.getpid())
+    sys.stderr.write("stock server here\n")
     if len(sys.argv) > 2:
         server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[2]))
     else:

@@ -14,6 +14,7 @@ from edge_agent.tools.settings import (
     ServerTool,
     ToolsSettings,
 )
+from tests.conftest import REPOSITORY
 
 SERVERS = """
     stock: {command: [/usr/bin/stock, --quiet], environment: {LANG: C}, directory: /var/lib}
@@ -147,3 +148,14 @@ def test_names_that_no_model_can_write_are_refused():
 def test_a_reload_waits_for_the_next_start():
     old, new = parse_config("", "old"), parse_config(WHOLE, "new")
     assert set(needs_restart(old, new)) == {"tools.servers", "tools.allow"}
+
+
+def test_the_example_of_the_page_about_tools_is_valid():
+    page = (REPOSITORY / "docs" / "tools.md").read_text()
+    example = page.partition("```yaml\n")[2].partition("```")[0]
+    assert set(tools_settings(parse_config(example, "docs/tools.md")).allow) == {
+        "clock",
+        "device_status",
+        "find_part",
+        "order_part",
+    }
