@@ -54,7 +54,7 @@ class Planner:
         state = self.state
         state.machine, state.reading_is_old = machine, False
         state.level = next_level(state.level, machine, state.rules)
-        if state.leaks and (unclaimed := state.unclaimed_bytes()) is not None:
+        if (unclaimed := state.unclaimed_bytes()) is not None:
             for name in [name for name, leak in state.leaks.items() if leak.returned(unclaimed)]:
                 del state.leaks[name]
 

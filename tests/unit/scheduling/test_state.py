@@ -7,6 +7,7 @@ import pytest
 
 from edge_agent.core import EngineState, Priority
 from edge_agent.errors import LoadFailed
+from edge_agent.scheduling.pressure import Level
 from edge_agent.scheduling.residents import Leak, Resident, Running
 from edge_agent.scheduling.state import State
 from edge_agent.scheduling.values import Heat, MachineView, Memory, QueuedStep, Refuse, Rules
@@ -38,6 +39,10 @@ def resident(
 
 def running(resident: Resident, step: QueuedStep) -> None:
     resident.running[step.id] = Running(step, (0.0, step.id), 0.0)
+
+
+def test_memory_counts_as_tight_only_once_somebody_has_said_so():
+    assert State(Rules(0, 100, 80), VIEW).level is Level.NORMAL
 
 
 # --- deadlines ---
