@@ -242,6 +242,7 @@ class AcknowledgedRuns:
 
     async def trace(self, run_id: str) -> tuple[tuple[StepRecord, ...], tuple[CallRecord, ...]]:
         """The records of a run's steps and tool calls. Raises NotFound."""
+        await self._ledger.commit()  # with all that was noted before
         steps, calls = await self._ledger.trace(run_id)
         if not steps and not calls:
             await self._find(run_id)

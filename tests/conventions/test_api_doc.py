@@ -145,7 +145,7 @@ def test_every_call_has_an_example(example_of: Mapping[str, str]) -> None:
 def test_an_example_does_what_it_says(
     name: str, daemon: DaemonProcess, example_of: Mapping[str, str]
 ) -> None:
-    with Connection(daemon.api_socket) as connection:
+    with Connection(daemon.api_socket, "anonymous") as connection:
         said = run_example(example_of[name], daemon, variables(name, connection))
     for word in expected(name):
         assert word in said
@@ -196,14 +196,14 @@ def waiting_run(name: str, connection: Connection) -> Mapping[str, str]:
     for tool in request.spec.tools:
         tool.needs_approval = name == "RunService.DecideToolCall"
         tool.side_effect = types_pb2.SIDE_EFFECT_NONE
-    run_id = connection.runs.CreateRun(request).run.id
+    run_id, halted = connection.runs.CreateRun(request).run.id, pb.HaltResponse()
     for response in connection.runs.WatchRun(pb.WatchRunRequest(run_id=run_id, after_sequence=0)):
         event = response.event
         if event.HasField("approval_requested"):
             call_id = event.approval_requested.tool_calls[0].id
             return {"RUN_ID": run_id, "TOOL_CALL_ID": call_id}
         if event.HasField("tool_calls_issued"):
-            halted = connection.halt(pb.HALT_SCOPE_CLIENT, "test")
+            halted = connection.halt(pb.HALT_SCOPE_CLIENT, "anonymous")
             call_id = event.tool_calls_issued.tool_calls[0].id
             confirmed = types_pb2.ToolResult(tool_call_id=call_id, cancelled=True)
             connection.runs.SubmitToolResults(

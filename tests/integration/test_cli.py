@@ -67,7 +67,7 @@ async def wait_for_ever(_runs, _run_id):
 
 
 async def fail(runs, run_id):
-    runs.cancel(run_id, RunError("WORKER_LOST", "the worker is gone", retryable=True))
+    await runs.cancel(run_id, RunError("WORKER_LOST", "the worker is gone", retryable=True))
 
 
 @pytest.fixture(autouse=True)
@@ -230,7 +230,7 @@ def test_ctrl_c_cancels_the_run_and_exits_130(runtime_dir):
             assert child.stderr.readline() == "!! stop none: now\n"
             child.send_signal(signal.SIGINT)
             _, err = child.communicate(timeout=20)
-        edge.until(lambda: edge.runs.get("run-1").state.ended)
+        edge.until(lambda: edge.runs.run("run-1").state.ended)
     assert child.returncode == 130
     assert "Traceback" not in err
 

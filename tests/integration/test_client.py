@@ -196,8 +196,8 @@ def test_what_on_event_raises_ends_the_run(runtime_dir):
     with EdgeThread(runtime_dir) as edge, Client(edge.api) as client:
         with pytest.raises(RuntimeError, match="run-1"):
             client.run("hi", on_event=angry)
-        edge.until(lambda: edge.runs.get("run-1").state.ended)
-        assert edge.runs.get("run-1").error.reason == "CLIENT_DISCONNECTED"
+        edge.until(lambda: edge.runs.run("run-1").state.ended)
+        assert edge.runs.run("run-1").error.reason == "CLIENT_DISCONNECTED"
 
 
 def test_what_on_event_raises_ends_the_run_of_asyncio_too(runtime_dir):
@@ -205,11 +205,11 @@ def test_what_on_event_raises_ends_the_run_of_asyncio_too(runtime_dir):
         async with AsyncClient(edge.api) as client:
             with pytest.raises(RuntimeError, match="run-1"):
                 await client.run("hi", on_event=angry)
-            await asyncio.to_thread(edge.until, lambda: edge.runs.get("run-1").state.ended)
+            await asyncio.to_thread(edge.until, lambda: edge.runs.run("run-1").state.ended)
 
     with EdgeThread(runtime_dir) as edge:
         asyncio.run(main(edge))
-        assert edge.runs.get("run-1").error.reason == "CLIENT_DISCONNECTED"
+        assert edge.runs.run("run-1").error.reason == "CLIENT_DISCONNECTED"
 
 
 def test_a_daemon_that_refuses_is_not_taken_for_one_that_is_not_there(runtime_dir):
@@ -239,8 +239,8 @@ def test_to_stop_reading_cancels_the_run(runtime_dir):
         events = client.execute("hi")
         next(events)
         events.close()  # type: ignore[attr-defined]
-        edge.until(lambda: edge.runs.get("run-1").state.ended)
-        assert edge.runs.get("run-1").error.reason == "CLIENT_DISCONNECTED"
+        edge.until(lambda: edge.runs.run("run-1").state.ended)
+        assert edge.runs.run("run-1").error.reason == "CLIENT_DISCONNECTED"
 
 
 def test_the_calls_of_the_blocking_client(runtime_dir):
@@ -290,7 +290,7 @@ def test_the_calls_of_the_asyncio_client(runtime_dir):
 
     with EdgeThread(runtime_dir) as edge:
         run_id = asyncio.run(main(edge))
-        edge.until(lambda: edge.runs.get(run_id).state.ended)
+        edge.until(lambda: edge.runs.run(run_id).state.ended)
 
 
 def test_violations_reach_python(runtime_dir):
