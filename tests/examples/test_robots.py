@@ -183,7 +183,7 @@ class TestTools:
         tools = tools_of(robot)
         spec = convert_client.run_spec("Go.", tools, {"engine": ENGINE})
         read = run_request(
-            run_pb.CreateRunRequest(spec=spec), request_limits(Config(), lambda: ENGINE)
+            run_pb.CreateRunRequest(spec=spec), request_limits(Config(), lambda: ENGINE, {})
         )
         assert read.tools == tools
         check_schemas(tools, "", engine.backend.check_schema)

@@ -191,9 +191,9 @@ def crash_at(statement: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return execute(*arguments)
 
-        self.execute = counting  # type: ignore[method-assign,assignment]
+        self.execute = counting  # type: ignore[assignment]
 
-    Book.__init__ = init
+    setattr(Book, "__init__", init)  # noqa: B010 - mypy knows no other way
 
 
 class IntendsLater(LedgerRecords):
