@@ -205,7 +205,7 @@ class MemoryRuns:
             self.emit(run_id, ToolResultAccepted(result))
         return self._runs[run_id]
 
-    async def resume(self, run_id: str, messages: tuple[Message, ...], client: str) -> Run:
+    async def resume(self, run_id: str, messages: tuple[Message, ...], client: str) -> Run:  # noqa: ARG002
         run = self.run(run_id)
         if run.state is not RunState.SUSPENDED:
             raise FailedPrecondition(f"{run_id} is {run.state}", reason="RUN_NOT_SUSPENDED")
@@ -224,7 +224,11 @@ class MemoryRuns:
         return (), ()
 
     async def wait_results(
-        self, client: str, after_number: int, limit: int, wait_s: float
+        self,
+        client: str,  # noqa: ARG002
+        after_number: int,
+        limit: int,
+        wait_s: float,  # noqa: ARG002
     ) -> tuple[Run, ...]:
         runs = [run for run in self._runs.values() if run.durable and run.state.ended]
         numbered = [(n, replace(run, result_number=n)) for n, run in enumerate(runs, 1)]
