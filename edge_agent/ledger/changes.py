@@ -48,11 +48,11 @@ class StoredRun:
 class Mark:
     """What the next change of a run needs to know of its rows.
 
-    `events` is how many rows it has there, `last` the sequence that the last of them starts at.
+    `tail` is the number of the last row of its events, `last` the sequence that it starts at.
     """
 
     number: int
-    events: int = 0
+    tail: int = 0
     last: int = 0
     running_step: int | None = None
     attempts: int = 0
@@ -90,8 +90,8 @@ class Book:
             row = self.execute("SELECT * FROM heads WHERE run = ?", found).fetchone()
             if row is None:
                 raise rows.row_corrupt("heads", found[0], "it is missing")
-            number, _, _, events, last, step, attempts, deaths, _ = rows.checked("heads", row[:10])
-            mark = Mark(number, events, last, step, attempts, deaths)
+            number, _, _, tail, last, step, attempts, deaths, _ = rows.checked("heads", row[:10])
+            mark = Mark(number, tail, last, step, attempts, deaths)
             self.keep(run_id, mark)
         return mark
 
@@ -141,8 +141,8 @@ class NewRun:
 class EventsAdded:
     """What has happened to a run; `run` is as it stands after them.
 
-    Text that is written again, because more of it has come, takes its old row's place. Its value is
-    the run's result number once it has ended.
+    The text that was last may be written again, because more of it has come: it takes its old row's
+    place. Its value is the run's result number once it has ended.
     """
 
     run: Run
@@ -152,25 +152,25 @@ class EventsAdded:
         """Write the events and the head.
 
         Raises:
-            LedgerFailed: the run is not in the ledger.
+            LedgerFailed: the run is not in the ledger, or has later events.
         """
         run = self.run
         mark = _known(book, run.id)
         number = _result_number(book, run, mark) if run.state.ended else None
-        count, last = mark.events, mark.last
+        tail, last = mark.tail, mark.last
         for item in self.events:
             sequence, kind, body = rows.event(item, number)
-            columns = (mark.number << rows.SEQUENCE_BITS | sequence, kind, body)
-            book.execute(
-                "INSERT OR REPLACE INTO events (key, kind, body, crc) VALUES (?,?,?,?)",
-                (*columns, rows.crc(columns)),
-            )
             if sequence > last:
-                count, last = count + 1, sequence
+                tail = _append(book, (mark.number, sequence, tail, kind, body))
+                last = sequence
+            elif sequence == last and isinstance(item, LoggedText):
+                _rewrite(book, tail, body)
+            else:
+                raise _refused(run.id, f"event {sequence} comes after event {last}")
         running = None if _finishes(self.events, mark.running_step) else mark.running_step
         attempts = mark.attempts if running is not None else 0
         deaths = mark.deaths if running is not None else 0
-        mark = Mark(mark.number, count, last, running, attempts, deaths)
+        mark = Mark(mark.number, tail, last, running, attempts, deaths)
         if number is None:
             _update_head(book, run, mark)
         else:
@@ -290,11 +290,37 @@ Change = (
 def _known(book: Book, run_id: str) -> Mark:
     mark = book.mark(run_id)
     if mark is None:
-        raise LedgerFailed(
-            f"run {run_id} is not in the ledger",
-            metadata={"run_id": run_id, "problem": "the run is not in the ledger"},
-        )
+        raise _refused(run_id, "it is not in the ledger")
     return mark
+
+
+def _refused(run_id: str, problem: str) -> LedgerFailed:
+    return LedgerFailed(
+        f"run {run_id} can't be written: {problem}",
+        metadata={"run_id": run_id, "problem": problem},
+    )
+
+
+def _append(book: Book, columns: rows.Row) -> int:
+    """One more event; the number of its row."""
+    book.execute(
+        "INSERT INTO events (run, sequence, previous, kind, body, crc) VALUES (?,?,?,?,?,?)",
+        (*columns, rows.crc(columns)),
+    )
+    return book.inserted()
+
+
+def _rewrite(book: Book, number: int, body: bytes) -> None:
+    """Another body for this event."""
+    row = book.execute(
+        "SELECT run, sequence, previous, kind, body, crc FROM events WHERE number = ?", (number,)
+    ).fetchone()
+    if row is None:
+        raise rows.row_corrupt("events", number, "it is missing")
+    columns = (*rows.checked("events", row)[:4], body)
+    book.execute(
+        "UPDATE events SET body = ?, crc = ? WHERE number = ?", (body, rows.crc(columns), number)
+    )
 
 
 def _next_number(book: Book) -> int:
@@ -328,7 +354,7 @@ def _head_columns(run: Run, mark: Mark) -> tuple[rows.Value, ...]:
         mark.number,
         run.state.value,
         ended_at_s if run.state.ended else None,
-        mark.events,
+        mark.tail,
         mark.last,
         mark.running_step,
         mark.attempts,
@@ -340,7 +366,7 @@ def _head_columns(run: Run, mark: Mark) -> tuple[rows.Value, ...]:
 def _insert_head(book: Book, run: Run, mark: Mark) -> None:
     columns = _head_columns(run, mark)
     book.execute(
-        "INSERT INTO heads (run, state, ended_at_s, events, last, running_step, attempts, deaths,"
+        "INSERT INTO heads (run, state, ended_at_s, tail, last, running_step, attempts, deaths,"
         " head, crc) VALUES (?,?,?,?,?,?,?,?,?,?)",
         (*columns, rows.crc(columns)),
     )
@@ -351,7 +377,7 @@ def _update_head(book: Book, run: Run, mark: Mark) -> None:
     columns = _head_columns(run, mark)
     number, state, _, *others = columns
     book.execute(
-        "UPDATE heads SET state = ?, events = ?, last = ?, running_step = ?, attempts = ?,"
+        "UPDATE heads SET state = ?, tail = ?, last = ?, running_step = ?, attempts = ?,"
         " deaths = ?, head = ?, crc = ? WHERE run = ?",
         (state, *others, rows.crc(columns), number),
     )
@@ -360,7 +386,7 @@ def _update_head(book: Book, run: Run, mark: Mark) -> None:
 def _end_head(book: Book, run: Run, mark: Mark) -> None:
     number, *columns = _head_columns(run, mark)
     book.execute(
-        "UPDATE heads SET state = ?, ended_at_s = ?, events = ?, last = ?, running_step = ?,"
+        "UPDATE heads SET state = ?, ended_at_s = ?, tail = ?, last = ?, running_step = ?,"
         " attempts = ?, deaths = ?, head = ?, crc = ? WHERE run = ?",
         (*columns, rows.crc((number, *columns)), number),
     )

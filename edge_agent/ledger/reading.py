@@ -12,11 +12,12 @@ from edge_agent.core import Event, Run, RunState
 from edge_agent.errors import LedgerRowCorrupt
 from edge_agent.ledger import rows
 from edge_agent.ledger.changes import StoredRun
-from edge_agent.records import CallRecord, LoggedText, StepRecord
+from edge_agent.records import CallRecord, StepRecord
 from edge_agent.runs import history
 
 _RUN = "number, id, client, request_id, digest, created_at_s, spec, crc"
-_HEAD = "run, state, ended_at_s, events, last, running_step, attempts, deaths, head, crc"
+_EVENT = "run, sequence, previous, kind, body, crc"
+_HEAD = "run, state, ended_at_s, tail, last, running_step, attempts, deaths, head, crc"
 
 
 def unfinished(connection: apsw.Connection) -> tuple[list[StoredRun], list[LedgerRowCorrupt]]:
@@ -113,18 +114,35 @@ def results(
     return tuple(ended)
 
 
+def chain(connection: apsw.Connection, run: int, tail: int) -> Iterator[tuple[int, str, bytes]]:
+    """The sequences, kinds and bodies of a run's events, the last one first.
+
+    Raises:
+        LedgerRowCorrupt: one is missing, or not as it was written.
+    """
+    number, before = tail, None
+    while number:
+        columns = _row(connection, "events", _EVENT, "number", number)
+        its_run, sequence, previous, kind, body = columns
+        if its_run != run or previous >= number or (before is not None and sequence >= before):
+            raise rows.row_corrupt("events", number, f"it is not an event of run {run}")
+        yield sequence, kind, body
+        number, before = previous, sequence
+
+
 def _stored(connection: apsw.Connection, number: int) -> StoredRun:
     row = _row(connection, "runs", _RUN, "number", number)
     head = _head(connection, number)
     run_id = row[1]
-    _, _, _, count, _, step, attempts, deaths, body = head
-    events = tuple(_events(connection, run_id, number))
-    if len(events) != count:
-        raise rows.row_corrupt("heads", number, f"{len(events)} of its {count} events are there")
+    _, _, _, tail, _, step, attempts, deaths, body = head
+    events = [
+        rows.read_event(run_id, sequence, kind, event)
+        for sequence, kind, event in chain(connection, number, tail)
+    ]
     return StoredRun(
         run=rows.read_head(number, body),
         spec=rows.read_spec(number, row[6]),
-        events=events,
+        events=tuple(reversed(events)),
         running_step=step,
         attempts=attempts,
         deaths=deaths,
@@ -149,17 +167,6 @@ def _fetched(table: str, cursor: Iterable[rows.Row]) -> Iterator[rows.Row]:
         yield from cursor
     except UnicodeDecodeError as error:
         raise rows.row_corrupt(table, None, "a text in it is not UTF-8") from error
-
-
-def _events(connection: apsw.Connection, run_id: str, number: int) -> Iterator[Event | LoggedText]:
-    first = number << rows.SEQUENCE_BITS
-    found = connection.execute(
-        "SELECT key, kind, body, crc FROM events WHERE key >= ? AND key < ? ORDER BY key",
-        (first, first + (1 << rows.SEQUENCE_BITS)),
-    )
-    for row in _fetched("events", found):
-        key, kind, body = rows.checked("events", row)
-        yield rows.read_event(run_id, key, kind, body)
 
 
 def _steps(connection: apsw.Connection, run_id: str) -> Iterator[StepRecord]:

@@ -50,9 +50,11 @@ class Retention:
         if found is not None:
             execute("DELETE FROM steps WHERE run_id = ?", found)
             execute("DELETE FROM tool_calls WHERE run_id = ?", found)
-        first = number << rows.SEQUENCE_BITS
-        last = first + (1 << rows.SEQUENCE_BITS) - 1
-        execute("DELETE FROM events WHERE key BETWEEN ? AND ?", (first, last))
+        event = execute("SELECT tail FROM heads WHERE run = ?", (number,)).fetchone()
+        while event is not None and event != (0,):
+            before = execute("SELECT previous FROM events WHERE number = ?", event).fetchone()
+            execute("DELETE FROM events WHERE number = ?", event)
+            event = before
         execute("DELETE FROM outcomes WHERE run = ?", (number,))
         execute("DELETE FROM heads WHERE run = ?", (number,))
         execute("DELETE FROM runs WHERE number = ?", (number,))

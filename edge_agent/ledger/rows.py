@@ -21,9 +21,6 @@ Row = Sequence[Any]
 """As SQLite returns it; the schema says what is in it."""
 T = TypeVar("T")
 
-SEQUENCE_BITS: Final = 32
-"""An event's key is its run's number and, in this many bits, its sequence."""
-
 _encode = msgspec.msgpack.Encoder().encode
 _bodies: Final = {
     kind.__name__: msgspec.msgpack.Decoder(kind) for kind in (*get_args(EventBody), LoggedText)
@@ -88,7 +85,7 @@ def event(item: Event | LoggedText, result_number: int | None) -> tuple[int, str
     return item.sequence, type(body).__name__, _encode(body)
 
 
-def read_event(run_id: str, key: int, kind: str, body: bytes) -> Event | LoggedText:
+def read_event(run_id: str, sequence: int, kind: str, body: bytes) -> Event | LoggedText:
     """An event as it was written.
 
     Raises:
@@ -96,11 +93,11 @@ def read_event(run_id: str, key: int, kind: str, body: bytes) -> Event | LoggedT
     """
     decoder = _bodies.get(kind)
     if decoder is None:
-        raise row_corrupt("events", key, f"no event has the kind {kind!r}")
-    decoded = _decoded("events", key, decoder, body)
+        raise row_corrupt("events", run_id, f"no event has the kind {kind!r}")
+    decoded = _decoded("events", run_id, decoder, body)
     if isinstance(decoded, LoggedText):
         return decoded
-    return Event(run_id, key & ((1 << SEQUENCE_BITS) - 1), decoded)
+    return Event(run_id, sequence, decoded)
 
 
 def read_head(number: int, body: bytes) -> Run:
@@ -123,7 +120,7 @@ def read_call(number: int, body: bytes) -> CallRecord:
     return _decoded("tool_calls", number, _calls, body)
 
 
-def _decoded(table: str, key: int, decoder: msgspec.msgpack.Decoder[T], body: bytes) -> T:
+def _decoded(table: str, key: int | str, decoder: msgspec.msgpack.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:

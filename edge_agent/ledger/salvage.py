@@ -4,7 +4,7 @@ Changes nothing of the broken file.
 """
 
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,7 @@ from typing import Any, Final
 import apsw
 
 from edge_agent.errors import LedgerRowCorrupt
-from edge_agent.ledger import rows
+from edge_agent.ledger import reading, rows
 
 _MAX_KEY: Final = (1 << 63) - 1
 _ONE_BY_ONE: Final = 2_000
@@ -45,9 +45,14 @@ _RUNS: Final = Table(
 _HEADS: Final = Table(
     "heads",
     "run",
-    ("state", "ended_at_s", "events", "last", "running_step", "attempts", "deaths", "head", "crc"),
+    ("state", "ended_at_s", "tail", "last", "running_step", "attempts", "deaths", "head", "crc"),
 )
-_EVENTS: Final = Table("events", "key", ("kind", "body", "crc"))
+_EVENTS: Final = Table(
+    "events",
+    "number",
+    ("run", "sequence", "previous", "kind", "body", "crc"),
+    key_is_covered=False,
+)
 _STEPS: Final = Table(
     "steps", "number", ("run_id", "step", "attempt", "at_s", "body", "crc"), key_is_covered=False
 )
@@ -110,12 +115,7 @@ def _copy_table(broken: apsw.Connection, into: apsw.Connection, table: Table, lo
         f" VALUES ({marks})"
     )
     reader = _Reader(broken, table)
-    if table is _EVENTS:
-        found: Any = into.execute("SELECT run FROM heads ORDER BY run").fetchall()
-        readable = reader.by_run([run for (run,) in found])
-    else:
-        readable = reader.dense()
-    for row in readable:
+    for row in reader.read():
         into.execute(insert, row)
         lost.kept += into.changes()
     lost.rows[table.name] = len(reader.wrong)
@@ -133,8 +133,8 @@ class _Reader:
         self._connection = connection
         self._table = table
 
-    def dense(self) -> Iterator[rows.Row]:
-        """All rows that can be reached, of a table whose keys follow each other closely."""
+    def read(self) -> Iterator[rows.Row]:
+        """All rows that can be reached and are as they were written."""
         first = 0
         while self.holes < _MAX_HOLES:
             broke_at = yield from self._scan(first, _MAX_KEY, "ASC")
@@ -146,26 +146,6 @@ class _Reader:
                 break
             first = beyond
         yield from self._scan(first, _MAX_KEY, "DESC")
-
-    def by_run(self, runs: Sequence[int]) -> Iterator[rows.Row]:
-        """All rows that can be reached, of a table whose keys begin with a run's number.
-
-        What lies between two holes of one run is left out: the run is not whole without them.
-        """
-        broke_at = yield from self._scan(0, _MAX_KEY, "ASC")
-        if broke_at is None:
-            return
-        below = yield from self._scan(broke_at + 1, _MAX_KEY, "DESC")
-        if below is None:
-            return
-        self.holes += 1
-        for run in runs:
-            first = max(broke_at + 1, run << rows.SEQUENCE_BITS)
-            last = min(below - 1, (run + 1 << rows.SEQUENCE_BITS) - 1)
-            broken = None if first > last else (yield from self._scan(first, last, "ASC"))
-            if broken is not None:
-                self.holes += 1
-                yield from self._scan(broken + 1, last, "DESC")
 
     def _beyond(self, key: int) -> int | None:
         """Where a table can be read again: looked for one by one, then in ever longer steps."""
@@ -207,20 +187,28 @@ class _Reader:
 
 
 def _not_whole(into: apsw.Connection) -> int:
-    found: Any = into.execute(
-        "SELECT count(*) FROM runs FULL JOIN heads ON heads.run = runs.number"  # noqa: S608 - constants
-        " WHERE number IS NULL OR run IS NULL OR heads.events != (SELECT count(*) FROM events"
-        f" WHERE key >= run << {rows.SEQUENCE_BITS} AND key < run + 1 << {rows.SEQUENCE_BITS})"
+    """How many runs have not all of their rows."""
+    parted: Any = into.execute(
+        "SELECT count(*) FROM runs FULL JOIN heads ON heads.run = runs.number"
+        " WHERE number IS NULL OR run IS NULL"
     ).fetchone()
-    return int(found[0])
+    heads: Any = into.execute("SELECT run, tail FROM heads JOIN runs ON number = run").fetchall()
+    return int(parted[0]) + sum(not _has_all_events(into, run, tail) for run, tail in heads)
+
+
+def _has_all_events(into: apsw.Connection, run: int, tail: int) -> bool:
+    try:
+        for _ in reading.chain(into, run, tail):
+            pass
+    except LedgerRowCorrupt:
+        return False
+    return True
 
 
 def _drop_orphans(into: apsw.Connection) -> None:
     """Nothing can be made of what a run left without what its caller had asked for."""
-    gone = "NOT IN (SELECT number FROM runs)"
-    into.execute(f"DELETE FROM heads WHERE run {gone}")  # noqa: S608 - constants
-    into.execute(f"DELETE FROM outcomes WHERE run {gone}")  # noqa: S608 - constants
-    into.execute(f"DELETE FROM events WHERE key >> {rows.SEQUENCE_BITS} {gone}")  # noqa: S608 - constants
+    for table in ("heads", "outcomes", "events"):
+        into.execute(f"DELETE FROM {table} WHERE run NOT IN (SELECT number FROM runs)")  # noqa: S608 - constants
 
 
 def _last_result(broken: apsw.Connection, into: apsw.Connection, lost: Lost) -> int | None:

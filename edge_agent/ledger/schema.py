@@ -1,8 +1,11 @@
 """The tables of the ledger, and what makes an older file one of this release. SQL only.
 
 Every table but `meta` has a rowid of its own, by which a broken file is salvaged, and ends in a
-CRC32 of the columns before it. A release that adds a column keeps `crc` as it is: the new column
-is not among what it covers.
+CRC32 of its columns (in `events`, `steps` and `tool_calls` without the rowid). A release that adds
+a column keeps `crc` as it is: the new column is not among what it covers.
+
+The events of a run are a chain, from the one that `heads.tail` names back over `previous` to 0: in
+the order of their coming, so that those of many runs share pages, and a lost one is missed.
 """
 
 from typing import Final
@@ -27,7 +30,7 @@ MIGRATIONS: Final = (
         run INTEGER PRIMARY KEY,
         state TEXT NOT NULL,
         ended_at_s REAL,
-        events INTEGER NOT NULL,
+        tail INTEGER NOT NULL,
         last INTEGER NOT NULL,
         running_step INTEGER,
         attempts INTEGER NOT NULL,
@@ -38,7 +41,10 @@ MIGRATIONS: Final = (
     CREATE INDEX heads_unfinished ON heads (run) WHERE ended_at_s IS NULL;
     CREATE INDEX heads_ended ON heads (ended_at_s, state) WHERE ended_at_s IS NOT NULL;
     CREATE TABLE events (
-        key INTEGER PRIMARY KEY,
+        number INTEGER PRIMARY KEY,
+        run INTEGER NOT NULL,
+        sequence INTEGER NOT NULL,
+        previous INTEGER NOT NULL,
         kind TEXT NOT NULL,
         body BLOB NOT NULL,
         crc INTEGER NOT NULL

@@ -24,6 +24,8 @@ _PIECES_FOR_ROOM: Final = 64
 _SWEEP_S: Final = 600.0
 _NEXT_PIECE_S: Final = 0.05
 _LOOK_AT_DISK_S: Final = 5.0
+_GROUPS_BETWEEN_LOOKS: Final = 8
+"""To ask how full the file is at each would cost a group an eighth of its time."""
 _FREE_PAGES: Final = 1024
 """Kept in the file for what comes: giving pages back and asking for them again costs more."""
 _VACUUM_PAGES: Final = 64
@@ -50,6 +52,7 @@ class Upkeep:
         self._forget = forget
         self._clock = clock
         self._retention = Retention(connection)
+        self._groups = 0
         self._next_sweep_s = 0.0
         self._next_look_s = 0.0
         self.disk_full = not ballast.take()
@@ -59,6 +62,9 @@ class Upkeep:
         """What can't wait until nothing else is to be done."""
         if log_pages >= CHECKPOINT_PAGES:
             self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        self._groups += 1
+        if self._groups % _GROUPS_BETWEEN_LOOKS:
+            return
         self.used_bytes = self._used_bytes()
         if self.used_bytes > _CROWDED * self._settings.max_bytes:
             self._piece(self._retention.remove_for_room)
@@ -67,6 +73,7 @@ class Upkeep:
 
     def when_idle(self) -> float:
         """One piece of what can wait; how long until the next one."""
+        self.used_bytes = self._used_bytes()
         if self.disk_full:
             self._look_at_disk()
         now_s = time.monotonic()

@@ -323,11 +323,11 @@ def test_notes_are_dropped_and_counted_when_too_many_wait(
     ("statement", "table"),
     [
         ("UPDATE heads SET head = substr(head, 1, length(head) - 1) || x'c3'", "heads"),
-        ("UPDATE heads SET events = events + 1", "heads"),
+        ("UPDATE heads SET tail = tail - 1", "heads"),
         ("UPDATE heads SET state = CAST(x'c3' AS TEXT)", "heads"),
         ("UPDATE runs SET created_at_s = 3.0", "runs"),
         ("UPDATE events SET kind = 'TextDelta' WHERE kind = 'LoggedText'", "events"),
-        ("DELETE FROM events WHERE kind = 'LoggedText'", "heads"),
+        ("DELETE FROM events WHERE kind = 'LoggedText'", "events"),
         ("UPDATE tool_calls SET body = zeroblob(9)", "tool_calls"),
         ("DELETE FROM heads", "heads"),
     ],

@@ -296,7 +296,7 @@ def test_a_wrong_checksum_in_a_broken_file_is_counted(tmp_path: Path):
     changed(
         tmp_path,
         "UPDATE heads SET deaths = 9 WHERE run = 4",
-        "UPDATE events SET kind = 'x' WHERE key IN (5 << 32 | 1, 6 << 32 | 2)",
+        "UPDATE events SET kind = 'x' WHERE run IN (5, 6) AND sequence = 1",
         "PRAGMA writable_schema = on",
         "UPDATE sqlite_schema SET sql = replace(sql, 'request_id !=', 'client !=')"
         " WHERE name = 'runs_by_request'",
