@@ -25,7 +25,7 @@ _SWEEP_S: Final = 600.0
 _NEXT_PIECE_S: Final = 0.05
 _LOOK_AT_DISK_S: Final = 5.0
 _GROUPS_BETWEEN_LOOKS: Final = 8
-"""To ask how full the file is at each would cost a group an eighth of its time."""
+"""While there is plenty of room: it takes time from the groups to ask how much is used."""
 _FREE_PAGES: Final = 1024
 """Kept in the file for what comes: giving pages back and asking for them again costs more."""
 _VACUUM_PAGES: Final = 64
@@ -63,7 +63,8 @@ class Upkeep:
         if log_pages >= CHECKPOINT_PAGES:
             self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         self._groups += 1
-        if self._groups % _GROUPS_BETWEEN_LOOKS:
+        is_roomy = self.used_bytes < _ROOMY * self._settings.max_bytes
+        if is_roomy and not self.disk_full and self._groups % _GROUPS_BETWEEN_LOOKS:
             return
         self.used_bytes = self._used_bytes()
         if self.used_bytes > _CROWDED * self._settings.max_bytes:
