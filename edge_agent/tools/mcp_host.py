@@ -64,7 +64,6 @@ class Link:
         self._listed: protocol.Listed | None = None
         self._patience = anyio.CancelScope()
         self._wake = asyncio.Event()
-        self._lost = False
         self._calls = 0
         self._doubted = False
 
@@ -81,7 +80,7 @@ class Link:
 
     async def _serve_once(self) -> str:
         """Connect, and stay so; returns why it is over."""
-        self._lost, self._listed = False, None
+        self._listed = None
         try:
             with anyio.CancelScope() as self._patience:
                 await self._serve()
@@ -89,31 +88,29 @@ class Link:
             return _why(error)
         finally:
             self._client = None
-        if self._patience.cancelled_caught:
-            return f"no answer within {self._opening.connect_timeout_s:g} s"
-        return "it ended the connection"
+        return f"no answer within {self._opening.connect_timeout_s:g} s"
 
     async def _serve(self) -> None:
+        """Ends by an error, or by the end of patience."""
         self._be_patient(for_s=self._opening.connect_timeout_s)
         async with Client(
             _transport(self._server, self._opening.connect_timeout_s, self._connection_lost),
             cache=None,
             client_info=types.Implementation(name="edge-agent", version=__version__),
         ) as client:
-            while not self._lost:
+            while True:
                 self._be_patient(for_s=self._opening.connect_timeout_s)
                 await self._list(client)
                 self._client = client
                 self._be_patient(for_s=None)
                 await self._wait()
-            self._client = None
 
     async def _wait(self) -> None:
         """Until it is time to look at the server again.
 
         Never while calls are open: a server that does one thing at a time is busy, not lost.
         """
-        while not self._lost:
+        while True:
             with anyio.move_on_after(self._opening.look_interval_s):
                 await self._wake.wait()
             self._wake.clear()
@@ -125,7 +122,6 @@ class Link:
         self._patience.deadline = float("inf") if for_s is None else anyio.current_time() + for_s
 
     def _connection_lost(self) -> None:
-        self._lost = True
         self._client = None
         self._wake.set()
 

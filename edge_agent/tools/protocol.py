@@ -91,7 +91,7 @@ class Down(_Message, frozen=True, tag="down"):
 
 
 class Answered(_Message, frozen=True, tag="answered"):
-    """What the tool said, or its own error."""
+    """What the tool said, or its own error; no more text than `Open.max_result_bytes`."""
 
     id: int
     text: str

@@ -12,7 +12,7 @@ from datetime import datetime
 
 import msgspec
 
-from edge_agent.core import Executor, Tool, ToolCall, ToolResult
+from edge_agent.core import Executor, TextPart, Tool, ToolCall, ToolResult
 from edge_agent.errors import NotFound, Overloaded, ToolNotReady
 from edge_agent.tools import builtin
 from edge_agent.tools.bucket import Bucket
@@ -152,7 +152,7 @@ class DaemonTools:
         self._process.require_up(allowed.source)  # or the call would cost one of its rate
         self._take(call.name)
         text, is_error = await self._process.call(allowed.source, call.arguments_json, timeout_s)
-        return self._result(call, text, is_error=is_error)
+        return ToolResult(call.id, (TextPart(text),), is_error)
 
     def _why_absent(self, name: str, allowed: AllowedTool) -> str:
         if self._process is None:
