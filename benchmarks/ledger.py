@@ -4,13 +4,16 @@
                        small event and the head of its run, against 32 callers of the barest loop
                        that is as durable: one thread, the same SQLite with the same settings, what
                        waits in one transaction, as many bytes in one row, nothing encoded
+    durable_create_ratio
+                       durable runs that a daemon accepts a second from 32 callers over gRPC,
+                       against runs that are not durable
     step_overhead_us   of the event loop's time, the record of a step that is not durable and that
                        of its tool call
     bytes_per_step     by how much the file grows for a durable step that calls a tool: its events,
                        its text as it was streamed, its records
 
 The two sides of the ratio alternate, each in its own file on the same disk; ratios are of
-neighbouring rounds. `--store` is not looked at: no engine takes part.
+neighbouring rounds.
 """
 
 import asyncio
@@ -25,8 +28,17 @@ from typing import Final
 
 import apsw
 
+from benchmarks._ledger_create import measure_creates
 from benchmarks._ledger_steps import durable_step, last_of, new_run, records, state_changed
-from benchmarks._shared import Target, median, parse_arguments, percentile, report, spread
+from benchmarks._shared import (
+    Arguments,
+    Target,
+    median,
+    parse_arguments,
+    percentile,
+    report,
+    spread,
+)
 from edge_agent.ledger import rows
 from edge_agent.ledger.changes import CallRecorded, EventsAdded, StepRecorded
 from edge_agent.ledger.ledger import Ledger
@@ -37,6 +49,7 @@ CALLERS: Final = 32
 SETTINGS: Final = LedgerSettings(max_bytes=1 << 30, retention_s=86_400.0, ballast_bytes=0)
 TARGETS: Final = (
     Target("durable_ack_ratio", 0.8, at_most=False, meaning="of what the disk and SQLite allow"),
+    Target("durable_create_ratio", 0.6, at_most=False, meaning="of runs that are not durable"),
     Target("step_overhead_us", 150, at_most=True, meaning="of the loop, a step not durable"),
 )
 
@@ -49,10 +62,12 @@ class Plan:
     round_s: float
     steps: int
     durable_runs: int
+    create_rounds: int
+    create_round_s: float
 
 
-QUICK = Plan(rounds=1, round_s=0.3, steps=50, durable_runs=5)
-FULL = Plan(rounds=40, round_s=0.5, steps=3000, durable_runs=500)
+QUICK = Plan(1, 0.3, steps=50, durable_runs=5, create_rounds=1, create_round_s=0.3)
+FULL = Plan(40, 0.5, steps=3000, durable_runs=500, create_rounds=10, create_round_s=1.5)
 
 
 # --- acknowledged writes ---
@@ -205,8 +220,10 @@ async def measure_bytes(directory: Path, plan: Plan) -> float:
     return growth / (plan.durable_runs * steps)
 
 
-async def measure(plan: Plan) -> None:
+async def measure(plan: Plan, arguments: Arguments) -> None:
     """Everything, each in a directory of its own, and the report."""
+    creates = (str(arguments.store), ENGINE, plan.create_rounds, plan.create_round_s)
+    durable, ephemeral = await asyncio.to_thread(measure_creates, *creates)
     with tempfile.TemporaryDirectory() as name:
         directories = [Path(name) / part for part in ("acks", "notes", "bytes")]
         for directory in directories:
@@ -216,31 +233,38 @@ async def measure(plan: Plan) -> None:
         took_us, cpu_us = await measure_notes(notes, plan)
         bytes_per_step = await measure_bytes(grown, plan)
     ratios = [one / other for one, other in zip(ours, bare, strict=True)]
+    creates_ratios = [one / other for one, other in zip(durable, ephemeral, strict=True)]
     report(
         "ledger",
         TARGETS,
-        {"durable_ack_ratio": median(ratios), "step_overhead_us": median(took_us)},
+        {
+            "durable_ack_ratio": median(ratios),
+            "durable_create_ratio": median(creates_ratios),
+            "step_overhead_us": median(took_us),
+        },
         more={
             "acks_per_s": median(ours),
             "bare_acks_per_s": median(bare),
             "step_overhead_us_p99": percentile(took_us, 0.99),
             "step_cpu_us": cpu_us,
             "bytes_per_step": bytes_per_step,
+            "durable_creates_per_s": median(durable),
+            "creates_per_s": median(ephemeral),
         },
         spreads={
             "durable_ack_ratio": spread(ratios),
             "acks_per_s": spread(ours),
             "bare_acks_per_s": spread(bare),
             "step_overhead_us": spread(took_us),
+            "durable_create_ratio": spread(creates_ratios),
         },
-        engine="none",
     )
 
 
 def main() -> None:
     """Parse and measure."""
     arguments = parse_arguments(__doc__)
-    asyncio.run(measure(QUICK if arguments.quick else FULL))
+    asyncio.run(measure(QUICK if arguments.quick else FULL, arguments))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,13 @@ KEYS = {
         "floor_crossings",
     },
     "footprint": {"daemon_rss_mb", "ready_s", "idle_cpu_percent", "worker_overhead_mb"},
-    "ledger": {"durable_ack_ratio", "step_overhead_us", "step_cpu_us", "bytes_per_step"},
+    "ledger": {
+        "durable_ack_ratio",
+        "durable_create_ratio",
+        "step_overhead_us",
+        "step_cpu_us",
+        "bytes_per_step",
+    },
     "prefixes": {"cold_ms_0.3k", "warm_ms_0.3k", "first_ms_0.3k", "tool_ms_0.3k", "tokens_0.3k"},
 }
 
