@@ -31,6 +31,7 @@ import apsw
 from benchmarks._ledger_create import measure_creates
 from benchmarks._ledger_steps import durable_step, last_of, new_run, records, state_changed
 from benchmarks._shared import (
+    ENGINE,
     Arguments,
     Target,
     median,
