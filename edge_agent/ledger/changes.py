@@ -1,22 +1,16 @@
 """Everything that can be written to the ledger, each with the statements that write it.
 
-A change looks before it writes: one that is refused has written nothing. Commits nothing: the
-writer does.
+Commits nothing: the writer does, and rolls back what a refused one has written.
 """
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Final
-
-import apsw
 
 from edge_agent.core import Event, Run, RunSpec, StepFinished
 from edge_agent.errors import LedgerFailed
 from edge_agent.ledger import rows
+from edge_agent.ledger.book import Book, Mark
 from edge_agent.records import CallRecord, LoggedText, StepRecord
-
-_KNOWN_RUNS: Final = 4096
-"""Marks kept; more than any daemon has runs at work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,67 +39,6 @@ class StoredRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
-    """What the next change of a run needs to know of its rows.
-
-    `tail` is the number of the last row of its events, `last` the sequence that it starts at.
-    """
-
-    number: int
-    tail: int = 0
-    last: int = 0
-    running_step: int | None = None
-    attempts: int = 0
-    deaths: int = 0
-
-
-class Book:
-    """The open file as changes see it: the connection, and the marks of the runs at work."""
-
-    def __init__(self, connection: apsw.Connection) -> None:
-        """Nothing is known yet."""
-        self.execute = connection.execute
-        self._connection = connection
-        self._marks: dict[str, Mark] = {}
-
-    def forget(self) -> None:
-        """What was written has been rolled back."""
-        self._marks.clear()
-
-    def inserted(self) -> int:
-        """The rowid of the last insert."""
-        return self._connection.last_insert_rowid()
-
-    def mark(self, run_id: str) -> Mark | None:
-        """Where the run stands; None if it is not in the ledger.
-
-        Raises:
-            LedgerRowCorrupt: its head can't be read.
-        """
-        mark = self._marks.get(run_id)
-        if mark is None:
-            found = self.execute("SELECT number FROM runs WHERE id = ?", (run_id,)).fetchone()
-            if found is None:
-                return None
-            row = self.execute("SELECT * FROM heads WHERE run = ?", found).fetchone()
-            if row is None:
-                raise rows.row_corrupt("heads", found[0], "it is missing")
-            number, _, _, tail, last, step, attempts, deaths, _ = rows.checked("heads", row[:10])
-            mark = Mark(number, tail, last, step, attempts, deaths)
-            self.keep(run_id, mark)
-        return mark
-
-    def keep(self, run_id: str, mark: Mark | None) -> None:
-        """Where the run stands now; None once nothing more comes of it."""
-        if mark is None:
-            self._marks.pop(run_id, None)
-            return
-        if len(self._marks) >= _KNOWN_RUNS:
-            self._marks.clear()
-        self._marks[run_id] = mark
-
-
-@dataclass(frozen=True, slots=True)
 class NewRun:
     """A run that is accepted. Its value is None, or what this client's request has made before."""
 
@@ -131,9 +64,7 @@ class NewRun:
             " VALUES (?,?,?,?,?,?,?,?)",
             (*columns, rows.crc(columns)),
         )
-        mark = Mark(number)
-        _insert_head(book, run, mark)
-        book.keep(run.id, mark)
+        book.begin(run, number)
         return None
 
 
@@ -157,25 +88,22 @@ class EventsAdded:
         run = self.run
         mark = _known(book, run.id)
         number = _result_number(book, run, mark) if run.state.ended else None
-        tail, last = mark.tail, mark.last
         for item in self.events:
             sequence, kind, body = rows.event(item, number)
-            if sequence > last:
-                tail = _append(book, (mark.number, sequence, tail, kind, body))
-                last = sequence
-            elif sequence == last and isinstance(item, LoggedText):
-                _rewrite(book, tail, body)
+            if sequence > mark.last:
+                mark.tail = book.append(mark.number, sequence, mark.tail, kind, body)
+                mark.last = sequence
+            elif sequence == mark.last and isinstance(item, LoggedText):
+                book.rewrite(mark.tail, body)
             else:
-                raise _refused(run.id, f"event {sequence} comes after event {last}")
-        running = None if _finishes(self.events, mark.running_step) else mark.running_step
-        attempts = mark.attempts if running is not None else 0
-        deaths = mark.deaths if running is not None else 0
-        mark = Mark(mark.number, tail, last, running, attempts, deaths)
+                raise _refused(run.id, f"event {sequence} comes after event {mark.last}")
+        if mark.running_step is None or _finishes(self.events, mark.running_step):
+            mark.running_step, mark.attempts, mark.deaths = None, 0, 0
         if number is None:
-            _update_head(book, run, mark)
+            book.set_head(run, mark)
         else:
-            _end_head(book, dataclasses.replace(run, result_number=number), mark)
-        book.keep(run.id, mark if number is None else None)
+            book.set_head(dataclasses.replace(run, result_number=number), mark)
+            book.drop(run.id)
         return number
 
 
@@ -192,14 +120,10 @@ class StepStarted:
         if mark is None:
             return
         again = mark.running_step == self.step
-        mark = dataclasses.replace(
-            mark,
-            running_step=self.step,
-            attempts=mark.attempts + 1 if again else 1,
-            deaths=mark.deaths if again else 0,
-        )
-        _update_mark(book, mark)
-        book.keep(self.run_id, mark)
+        mark.running_step = self.step
+        mark.attempts = mark.attempts + 1 if again else 1
+        mark.deaths = mark.deaths if again else 0
+        book.set_mark(mark)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +180,9 @@ class RunRecovered:
         Raises:
             LedgerFailed: the run is not in the ledger.
         """
-        mark = dataclasses.replace(_known(book, self.run_id), deaths=self.deaths)
-        _update_mark(book, mark)
-        book.keep(self.run_id, mark)
+        mark = _known(book, self.run_id)
+        mark.deaths = self.deaths
+        book.set_mark(mark)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,28 +225,6 @@ def _refused(run_id: str, problem: str) -> LedgerFailed:
     )
 
 
-def _append(book: Book, columns: rows.Row) -> int:
-    """One more event; the number of its row."""
-    book.execute(
-        "INSERT INTO events (run, sequence, previous, kind, body, crc) VALUES (?,?,?,?,?,?)",
-        (*columns, rows.crc(columns)),
-    )
-    return book.inserted()
-
-
-def _rewrite(book: Book, number: int, body: bytes) -> None:
-    """Another body for this event."""
-    row = book.execute(
-        "SELECT run, sequence, previous, kind, body, crc FROM events WHERE number = ?", (number,)
-    ).fetchone()
-    if row is None:
-        raise rows.row_corrupt("events", number, "it is missing")
-    columns = (*rows.checked("events", row)[:4], body)
-    book.execute(
-        "UPDATE events SET body = ?, crc = ? WHERE number = ?", (body, rows.crc(columns), number)
-    )
-
-
 def _next_number(book: Book) -> int:
     found = book.execute("SELECT max(number) FROM runs").fetchone()
     return 1 if found is None or found[0] is None else int(found[0]) + 1
@@ -341,71 +243,8 @@ def _result_number(book: Book, run: Run, mark: Mark) -> int:
     return number
 
 
-def _finishes(events: tuple[Event | LoggedText, ...], step: int | None) -> bool:
+def _finishes(events: tuple[Event | LoggedText, ...], step: int) -> bool:
     return any(
         isinstance(item, Event) and isinstance(item.body, StepFinished) and item.body.step == step
         for item in events
-    )
-
-
-def _head_columns(run: Run, mark: Mark) -> tuple[rows.Value, ...]:
-    ended_at_s = run.created_at_s if run.ended_at_s is None else run.ended_at_s
-    return (
-        mark.number,
-        run.state.value,
-        ended_at_s if run.state.ended else None,
-        mark.tail,
-        mark.last,
-        mark.running_step,
-        mark.attempts,
-        mark.deaths,
-        rows.head(run),
-    )
-
-
-def _insert_head(book: Book, run: Run, mark: Mark) -> None:
-    columns = _head_columns(run, mark)
-    book.execute(
-        "INSERT INTO heads (run, state, ended_at_s, tail, last, running_step, attempts, deaths,"
-        " head, crc) VALUES (?,?,?,?,?,?,?,?,?,?)",
-        (*columns, rows.crc(columns)),
-    )
-
-
-def _update_head(book: Book, run: Run, mark: Mark) -> None:
-    """Leave `ended_at_s` alone, so that no index is touched."""
-    columns = _head_columns(run, mark)
-    number, state, _, *others = columns
-    book.execute(
-        "UPDATE heads SET state = ?, tail = ?, last = ?, running_step = ?, attempts = ?,"
-        " deaths = ?, head = ?, crc = ? WHERE run = ?",
-        (state, *others, rows.crc(columns), number),
-    )
-
-
-def _end_head(book: Book, run: Run, mark: Mark) -> None:
-    number, *columns = _head_columns(run, mark)
-    book.execute(
-        "UPDATE heads SET state = ?, ended_at_s = ?, tail = ?, last = ?, running_step = ?,"
-        " attempts = ?, deaths = ?, head = ?, crc = ? WHERE run = ?",
-        (*columns, rows.crc((number, *columns)), number),
-    )
-
-
-def _update_mark(book: Book, mark: Mark) -> None:
-    """The same head, with another mark."""
-    row = book.execute("SELECT * FROM heads WHERE run = ?", (mark.number,)).fetchone()
-    if row is None:
-        raise rows.row_corrupt("heads", mark.number, "it is missing")
-    kept = rows.checked("heads", row[:10])
-    columns = (
-        *kept[:5],
-        mark.running_step,
-        mark.attempts,
-        mark.deaths,
-        kept[8],
-    )
-    book.execute(
-        "UPDATE heads SET running_step = ?, attempts = ?, deaths = ?, crc = ? WHERE run = ?",
-        (*columns[5:8], rows.crc(columns), mark.number),
     )

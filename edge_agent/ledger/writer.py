@@ -18,7 +18,8 @@ import structlog
 from edge_agent.errors import EdgeAgentError, LedgerFailed, LedgerFull
 from edge_agent.ledger import rows
 from edge_agent.ledger.ballast import Ballast
-from edge_agent.ledger.changes import Book, Change
+from edge_agent.ledger.book import Book
+from edge_agent.ledger.changes import Change
 from edge_agent.ledger.opening import BROKEN, Opened
 from edge_agent.ledger.settings import LedgerSettings
 from edge_agent.ledger.upkeep import Upkeep
@@ -197,6 +198,7 @@ class Writer:
             self._connection.execute("BEGIN IMMEDIATE")
             for entry in group:
                 entry.values = tuple([change.apply(self._book) for change in entry.changes])
+            self._book.flush()
             self._connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - an entry's, or the file's: the thread goes on
             self._roll_back()
