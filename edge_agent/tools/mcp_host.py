@@ -94,7 +94,7 @@ class Link:
         """Ends by an error, or by the end of patience."""
         self._be_patient(for_s=self._opening.connect_timeout_s)
         async with Client(
-            _transport(self._server, self._opening.connect_timeout_s, self._connection_lost),
+            _transport(self._server, self._opening.connect_timeout_s, self._wake.set),
             cache=None,
             client_info=types.Implementation(name="edge-agent", version=__version__),
         ) as client:
@@ -120,10 +120,6 @@ class Link:
 
     def _be_patient(self, *, for_s: float | None) -> None:
         self._patience.deadline = float("inf") if for_s is None else anyio.current_time() + for_s
-
-    def _connection_lost(self) -> None:
-        self._client = None
-        self._wake.set()
 
     async def _list(self, client: Client) -> None:
         """Tell the daemon which of the wanted tools there are, where that has changed."""

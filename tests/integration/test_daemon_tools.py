@@ -361,6 +361,16 @@ def test_a_server_that_hangs_is_ended_and_started_again(notes: Notes):
     run(story())
 
 
+def test_a_server_that_does_one_thing_at_a_time_is_not_disturbed_at_work(notes: Notes):
+    async def story() -> None:
+        settings = {"connect_timeout_s": 6.0, "look_interval_s": 0.05}
+        async with served(by_command(notes), ("work",), **settings) as stock:
+            await stock.until_up()
+            assert text(await stock.call("work", for_s=7.5)) == "done"
+
+    run(story())
+
+
 def test_the_process_that_speaks_to_servers_may_be_killed_and_takes_them_along(notes: Notes):
     async def story() -> None:
         async with served(by_command(notes)) as stock:

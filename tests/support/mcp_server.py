@@ -70,6 +70,13 @@ async def hang() -> str:
 
 
 @server.tool()
+async def work(for_s: float) -> str:
+    """Do nothing else for so long, then answer."""
+    time.sleep(for_s)  # noqa: ASYNC251 - that is the point
+    return "done"
+
+
+@server.tool()
 def die() -> str:
     """End the server in the middle of the call."""
     os._exit(3)
