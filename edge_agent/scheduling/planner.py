@@ -174,12 +174,11 @@ class Planner:
             Refuse(step, _too_late(step, now_s)) for step in self.state.expired(now_s)
         ]
         changed = True
-        while changed:  # a start moves its client's turn in all engines
-            found = [
-                *self._room.relieve(),
-                *self._serve_all(now_s),
-                *self._room.make_way(now_s),
-            ]
+        while changed:
+            actions += self._room.relieve()
+            while found := list(self._serve_all(now_s)):
+                actions += found  # a start moves its client's turn in all engines
+            found = list(self._room.make_way(now_s))
             actions += found
             changed = bool(found) or self._room.resumed
             self._room.resumed = False

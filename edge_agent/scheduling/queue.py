@@ -124,11 +124,13 @@ class StepQueue:
             self._weigh(flow)
         flow.waiting += 1
         self._counts[step.engine] = self._counts.get(step.engine, 0) + 1
-        self._forget_head(step.engine)
         lanes = self._lanes.setdefault(step.engine, {})
         offset_s = OFFSETS_S[step.priority]
         lane = lanes.setdefault((step.client, step.priority), _Lane(flow, self._arrivals, offset_s))
         bisect.insort(lane.entries, entry)
+        head = self._heads.get(step.engine)
+        if head is None or lane.key <= head[0]:
+            self._forget_head(step.engine)
 
     def discard(self, step_id: int) -> QueuedStep | None:
         """Take a step out without starting it; None when it does not wait."""
@@ -168,9 +170,7 @@ class StepQueue:
             )
             flow.tag_s += cost_s / flow.weight
             self._virtual_s += cost_s / max(rivals, flow.weight)
-            for engine, lanes in self._lanes.items():
-                if flow_id in lanes:
-                    self._forget_head(engine)
+            self._forget_heads_of(flow_id)
         self._remove(step.id)
         return key
 
@@ -224,13 +224,21 @@ class StepQueue:
         if not lane.flow.waiting:
             self._rivals[lane.flow.priority] -= lane.flow.weight
             lane.flow.weight = 0.0
-        self._forget_head(step.engine)
+        head = self._heads.get(step.engine)
+        if head is None or head[1] is step:
+            self._forget_head(step.engine)
         self._counts[step.engine] -= 1
         if not lane.entries:
             del lanes[flow_id]
         if not lanes:
             del self._lanes[step.engine], self._counts[step.engine]
         return step
+
+    def _forget_heads_of(self, flow_id: _FlowId) -> None:
+        """The flow's turns come later now: elsewhere than where it goes first nothing changes."""
+        for engine, head in tuple(self._heads.items()):
+            if head is not None and (head[1].client, head[1].priority) == flow_id:
+                self._forget_head(engine)
 
     def _forget_head(self, engine: str) -> None:
         """It is found anew when it is asked for."""
