@@ -32,6 +32,7 @@ from tests.conftest import REPOSITORY
 from tests.support.processes import children, wait_gone
 
 SERVER = REPOSITORY / "tests" / "support" / "mcp_server.py"
+OLD_SERVER = SERVER.with_name("mcp_server_2025.py")
 WAIT_S = 40.0
 LIMIT_BYTES = 4096
 ALL = (
@@ -488,6 +489,23 @@ def test_a_server_that_complains_without_end_fills_no_log(notes: Notes):
     with structlog.testing.capture_logs() as logs:
         run(story())
     assert 100 < sum(entry["event"] == "tool_process_output" for entry in logs) < 1000
+
+
+def test_a_server_of_the_older_protocol_and_of_other_hands_is_served_as_well(notes: Notes):
+    async def story() -> None:
+        server = CommandServer((sys.executable, str(OLD_SERVER), str(notes.path)))
+        async with served(server, ("add", "wait_for_ever", "refuse_call")) as stock:
+            await stock.until_up()
+            assert len(stock.tools.tools()) == 3  # on two pages
+            assert text(await stock.call("add", a=1, b=1)) == '{"sum": 2}'
+            refused = await stock.call("refuse_call")
+            assert refused.is_error
+            assert text(refused) == "no such shelf"
+            with pytest.raises(DeadlineExceeded):
+                await stock.call("wait_for_ever", timeout_s=0.2)
+            assert await notes.until("began") == await notes.until("cancelled")
+
+    run(story())
 
 
 # --- over HTTP ---
