@@ -29,6 +29,12 @@ _HINTS = {
     "CONFIG_INVALID": "correct the file; config.example.yaml shows every key",
     "DAEMON_UNREACHABLE": "start it with `edge-agent serve`, or name its socket with --socket",
     "ENGINE_NOT_FOUND": "`edge-agent engines list` shows what is installed",
+    "RUN_NOT_FOUND": "`edge-agent runs list` shows which there are",
+    "RUN_NOT_SUSPENDED": "`edge-agent runs list --state SUSPENDED` shows which are",
+    "TOOL_CALL_NOT_FOUND": "`edge-agent runs list --state WAITING_APPROVAL` shows what waits",
+    "TOOL_CALL_NOT_WAITING": "`edge-agent runs list --state WAITING_APPROVAL` shows what waits",
+    "TOOL_CALLS_OPEN": "whoever executes the tools submits their results; "
+    "`edge-agent runs cancel RUN` gives the run up",
     "DEADLINE_PASSED": "`edge-agent explain` shows what waits, and why",
     "OVERLOADED": "`edge-agent explain` shows what waits, and why",
     "SOCKET_FORBIDDEN": "call it as root, or become a member of the socket's group",

@@ -32,7 +32,8 @@ def register(subparsers: Subparsers) -> None:
         "--tools",
         type=Path,
         metavar="FILE",
-        help="a YAML list of {name, description, input_schema, examples, result}",
+        help="a YAML list of {name, description, input_schema, examples, result, side_effect, "
+        "needs_approval}, or {name, executor: DAEMON} for a tool of the daemon's own",
     )
     parser.add_argument("--system", metavar="TEXT", help="instructions above the conversation")
     parser.add_argument("--max-steps", type=int, metavar="N", help="default: the daemon's")
@@ -43,6 +44,11 @@ def register(subparsers: Subparsers) -> None:
         "--priority",
         choices=[priority.lower() for priority in Priority],
         help="how soon it goes among all runs; batch: whenever there is time (default: normal)",
+    )
+    parser.add_argument(
+        "--durable",
+        action=argparse.BooleanOptionalAction,
+        help="whether it survives a restart of the daemon (default: the daemon's)",
     )
     parser.add_argument(
         "--no-stream", action="store_true", help="print only the answer, at its end"
@@ -58,7 +64,8 @@ def run_run(args: argparse.Namespace) -> int:
     with connect(args) as client:
         if args.goal is not None:
             printer = RunPrinter(as_json=args.json, stream=not args.no_stream)
-            return printer.end(client.run(args.goal, tools, printer.see, **options))
+            with printer.cut_off():
+                return printer.end(client.run(args.goal, tools, printer.see, **options))
         return _converse(client, tools, options, args)
 
 
@@ -72,7 +79,8 @@ def _converse(
         goal = Message(Role.USER, (TextPart(line),))
         printer = RunPrinter(as_json=args.json, stream=not args.no_stream)
         try:
-            run = client.run([*said, goal], tools, printer.see, **options)
+            with printer.cut_off():
+                run = client.run([*said, goal], tools, printer.see, **options)
         except KeyboardInterrupt:  # leaves the run, not the conversation
             note("\ncancelled")
             continue
@@ -113,6 +121,8 @@ def _options(args: argparse.Namespace) -> "RunOptions":
         options["timeout_s"] = args.timeout
     if args.priority is not None:
         options["priority"] = Priority[args.priority.upper()]
+    if args.durable is not None:
+        options["durable"] = args.durable
     return options
 
 

@@ -3,21 +3,32 @@
 The answer goes to stdout, everything around it to stderr, so that the answer can be piped.
 """
 
+import contextlib
 import sys
+from collections.abc import Iterator
 
 from edge_agent.cli.output import print_error, print_json
 from edge_agent.core import (
+    ApprovalDecided,
+    ApprovalRequested,
     CancelTool,
+    DaemonToolStarted,
     Event,
+    Message,
+    MessagesAdded,
     Run,
+    RunError,
     RunState,
+    Snapshot,
     StateChanged,
     TextDelta,
     TextPart,
+    ToolCall,
     ToolCallsIssued,
+    ToolResult,
     ToolResultAccepted,
 )
-from edge_agent.errors import EdgeAgentError
+from edge_agent.errors import EdgeAgentError, Unavailable
 
 
 class RunPrinter:
@@ -30,14 +41,28 @@ class RunPrinter:
         self._step = 0
         self._in_line = False
         self._loading = False
+        self._kept = False
 
     def see(self, event: Event) -> None:
         """Print one event."""
+        if isinstance(event.body, Snapshot):
+            self._kept = event.body.run.durable
         if self._as_json:
             if self._stream:
                 print_json({"type": type(event.body).__name__, **_event(event)})
         elif self._stream:
             self._tell(event)
+
+    @contextlib.contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """Say what becomes of a durable run where the daemon goes away meanwhile."""
+        try:
+            yield
+        except Unavailable:
+            self._end_line()
+            if self._kept and not self._as_json:
+                note("the run is kept: `edge-agent runs list` shows it once the daemon is back")
+            raise
 
     def end(self, run: Run) -> int:
         """Print the answer, where it was not streamed, or the error; returns the exit code."""
@@ -66,14 +91,8 @@ class RunPrinter:
         self._end_line()
         if isinstance(body, StateChanged):
             self._tell_loading(body)
-        elif isinstance(body, ToolCallsIssued):
-            for call in body.tool_calls:
-                note(f"-> {call.name} {call.arguments_json}")
-        elif isinstance(body, ToolResultAccepted):
-            text = "".join(p.text for p in body.result.parts if isinstance(p, TextPart))
-            note(f"<- {'error: ' if body.result.is_error else ''}{text}")
-        elif isinstance(body, CancelTool):
-            note(f"!! stop {body.tool_call_id}: {body.reason.message}")
+        for line in _lines(event):
+            note(line)
 
     def _tell_loading(self, change: StateChanged) -> None:
         """One line that counts up on a terminal, one remark elsewhere."""
@@ -93,6 +112,54 @@ class RunPrinter:
         if self._in_line:
             print(flush=True)
             self._in_line = False
+
+
+def _lines(event: Event) -> list[str]:  # noqa: PLR0911 - one a kind
+    """What an event says beside the answer, and which command helps where the run waits."""
+    match event.body:
+        case ToolCallsIssued(tool_calls=calls):
+            return [f"-> {_call(call)}" for call in calls]
+        case DaemonToolStarted(tool_call=call):
+            return [f"-> {_call(call)} (executed by the daemon)"]
+        case ToolResultAccepted(result=result):
+            return [f"<- {'error: ' if result.is_error else ''}{_text(result)}"]
+        case CancelTool(tool_call_id=call_id, reason=reason):
+            return [f"!! stop {call_id}: {reason.message}"]
+        case ApprovalRequested(tool_calls=calls):
+            return [line for call in calls for line in _approval(event.run_id, call)]
+        case ApprovalDecided(approved=approved, client=client, reason=reason):
+            return [f"   {'approved' if approved else 'denied'} by {client}{_because(reason)}"]
+        case StateChanged(state=RunState.SUSPENDED, cause=cause):
+            return _suspended(event.run_id, cause)
+        case MessagesAdded(messages=messages):
+            return [f"   resumed: {_text(message)}" for message in messages]
+        case _:
+            return []
+
+
+def _approval(run_id: str, call: ToolCall) -> list[str]:
+    return [
+        f"?? {_call(call)} waits for approval:",
+        f"   edge-agent runs approve {run_id} {call.id}",
+        f"   edge-agent runs deny {run_id} {call.id}",
+    ]
+
+
+def _suspended(run_id: str, cause: RunError | None) -> list[str]:
+    why = _because(cause.message) if cause else ""
+    return [f"!! suspended{why}", f"   edge-agent runs resume {run_id}"]
+
+
+def _call(call: ToolCall) -> str:
+    return f"{call.name} {call.arguments_json}"
+
+
+def _because(reason: str) -> str:
+    return f": {reason}" if reason else ""
+
+
+def _text(said: Message | ToolResult) -> str:
+    return "".join(part.text for part in said.parts if isinstance(part, TextPart))
 
 
 def _event(event: Event) -> dict[str, object]:
@@ -115,7 +182,7 @@ def _as_raised(run: Run) -> EdgeAgentError:
 
 def _numbers(run: Run) -> str:
     usage = run.usage
-    said = [f"{usage.completion_tokens} tokens in {run.steps} steps"]
+    said = [f"{usage.completion_tokens} tokens in {counted_steps(run)}"]
     if usage.tokens_per_second is not None:
         said.append(f"{usage.tokens_per_second:.1f} tokens/s")
     if usage.ttft_ms is not None:
@@ -123,6 +190,11 @@ def _numbers(run: Run) -> str:
     if usage.load_s:
         said.append(f"engine loaded in {usage.load_s:.1f} s")
     return ", ".join(said)
+
+
+def counted_steps(run: Run) -> str:
+    """How many steps a run has taken, in words."""
+    return "1 step" if run.steps == 1 else f"{run.steps} steps"
 
 
 def note(text: str) -> None:

@@ -2,7 +2,11 @@
 
 import argparse
 import itertools
+import shutil
+import textwrap
 import time
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 from edge_agent.cli.output import (
     Subparsers,
@@ -11,12 +15,16 @@ from edge_agent.cli.output import (
     aligned,
     connect,
     connect_admin,
+    cut,
     print_json,
+    span,
 )
 from edge_agent.core import Message, Role, Run, RunState, TextPart
 
-_HEAD = ("RUN", "STATE", "CLIENT", "ENGINE", "STEPS", "CREATED", "WHY")
-_SHOWN = 50
+_HEAD: Final = ("RUN", "STATE", "STEPS", "AGE", "CLIENT")
+_LEAST_CELLS: Final = 12
+_SHOWN: Final = 50
+_WHICH: Final = "as `edge-agent runs list` shows it"
 
 
 def register(subparsers: Subparsers) -> None:
@@ -25,25 +33,32 @@ def register(subparsers: Subparsers) -> None:
         "runs",
         help="list runs; resume, cancel, approve, deny",
         description="Shows the newest runs, and decides about those that wait for somebody.",
-        epilog="example: edge-agent runs resume 1f3870be --say 'the door is open now'",
+        epilog="example: edge-agent runs list --state SUSPENDED",
     )
     actions = parser.add_subparsers(dest="action", metavar="WHAT", required=True)
-    listing = actions.add_parser("list", help="the newest runs")
-    listing.add_argument("--state", action="append", default=[], type=_state, metavar="STATE")
+    listing = actions.add_parser("list", help=f"the newest runs, {_SHOWN} at most")
+    listing.add_argument(
+        "--state",
+        action="append",
+        default=[],
+        type=_state,
+        metavar="STATE",
+        help="only those in this state; may be given again",
+    )
     _finish(listing, run_list)
     resume = actions.add_parser("resume", help="let a suspended run go on")
-    resume.add_argument("run", metavar="RUN")
+    resume.add_argument("run", metavar="RUN", help=_WHICH)
     resume.add_argument("--say", default="", metavar="TEXT", help="what has changed meanwhile")
     _finish(resume, run_resume)
     cancel = actions.add_parser("cancel", help="end a run")
-    cancel.add_argument("run", metavar="RUN")
+    cancel.add_argument("run", metavar="RUN", help=_WHICH)
     _finish(cancel, run_cancel)
     for name, approved in (("approve", True), ("deny", False)):
         decide = actions.add_parser(name, help=f"{name} a tool call that waits for it")
-        decide.add_argument("run", metavar="RUN")
+        decide.add_argument("run", metavar="RUN", help=_WHICH)
         decide.add_argument("tool_call", metavar="TOOL_CALL", help="such as call-1")
         decide.add_argument("--reason", default="", metavar="TEXT", help="why")
-        _finish(decide, run_decide, approved=approved)
+        _finish(decide, run_decide, "admin", approved=approved)
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -53,9 +68,34 @@ def run_list(args: argparse.Namespace) -> int:
     if args.json:
         print_json(runs)
         return 0
-    for line in aligned([_HEAD, *map(_row, runs)]) if runs else ["no runs"]:
+    for line in describe(runs, time.time(), shutil.get_terminal_size().columns):
         print(line)
     return 0
+
+
+def describe(runs: Sequence[Run], now_s: float, columns: int) -> list[str]:
+    """A row for each run, and below it what it waits for, or why it has no answer.
+
+    `now_s` is Unix time; lines of at most `columns`, where that is enough for the ids.
+    """
+    if not runs:
+        return ["no runs"]
+    rows = [(*_row(run, now_s), run.client) for run in runs]
+    *figures, _client = zip(_HEAD, *rows, strict=True)
+    left = columns - sum(2 + max(map(len, column)) for column in figures)
+    rows = [(*row[:-1], cut(row[-1], max(left, _LEAST_CELLS))) for row in rows]
+    head, *lines = aligned([_HEAD, *rows])
+    told = [head]
+    for run, line in zip(runs, lines, strict=True):
+        told.append(line)
+        for why in _reasons(run):
+            told += textwrap.wrap(
+                why,
+                max(columns, 2 * _LEAST_CELLS),
+                initial_indent="  ",
+                subsequent_indent="    ",
+            )
+    return told
 
 
 def run_resume(args: argparse.Namespace) -> int:
@@ -88,12 +128,18 @@ def _told(args: argparse.Namespace, run: Run) -> int:
     return 0
 
 
-def _row(run: Run) -> tuple[str, ...]:
-    created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.created_at_s))
-    why = run.error.reason if run.error else ""
-    if run.unapproved_tool_calls:
-        why = ", ".join(f"{call.name} {call.id}" for call in run.unapproved_tool_calls)
-    return run.id, run.state.value, run.client, run.engine, str(run.steps), created, why
+def _row(run: Run, now_s: float) -> tuple[str, ...]:
+    return run.id, run.state.value, str(run.steps), span(max(0.0, now_s - run.created_at_s))
+
+
+def _reasons(run: Run) -> Iterator[str]:
+    for call in run.unapproved_tool_calls:
+        yield f"{call.id} waits for approval: {call.name} {call.arguments_json}"
+    if not run.state.ended:
+        for call in run.open_tool_calls:
+            yield f"{call.id} waits for its result: {call.name} {call.arguments_json}"
+    if run.error is not None:
+        yield f"{run.error.reason}: {run.error.message}"
 
 
 def _state(text: str) -> RunState:
@@ -104,7 +150,9 @@ def _state(text: str) -> RunState:
         raise argparse.ArgumentTypeError(f"{text!r} is no state: {known}") from None
 
 
-def _finish(command: argparse.ArgumentParser, handler: object, **defaults: object) -> None:
-    add_socket(command)
+def _finish(
+    command: argparse.ArgumentParser, handler: object, socket: str = "api", **defaults: object
+) -> None:
+    add_socket(command, socket)
     add_json(command)
     command.set_defaults(handler=handler, **defaults)

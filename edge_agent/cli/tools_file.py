@@ -7,26 +7,46 @@ check.
 import difflib
 import json
 from collections.abc import Iterator, Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from edge_agent.core import Tool, ToolExample
+from edge_agent.core import Executor, SideEffect, Tool, ToolExample
 from edge_agent.errors import ConfigError, FieldViolation
 from edge_agent.strict_yaml import YamlSyntaxError, format_path, read_yaml
 
-_Keys = Mapping[str, tuple[type, str]]
+
+class _Key(NamedTuple):
+    """What a key holds; `said` in words."""
+
+    kind: type
+    said: str
+
+    def holds(self, value: object) -> bool:
+        """Whether it may be this."""
+        if issubclass(self.kind, StrEnum):
+            return isinstance(value, str) and value in tuple(self.kind)
+        return isinstance(value, self.kind)
+
+
+_Keys = Mapping[str, _Key]
+_TEXT = _Key(str, "a text")
 _KEYS: _Keys = {
-    "name": (str, "a text"),
-    "description": (str, "a text"),
-    "input_schema": (dict, "a mapping, a JSON Schema"),
-    "examples": (list, "a list of {goal, arguments, result}"),
-    "result": (str, "a text"),
+    "name": _TEXT,
+    "description": _TEXT,
+    "input_schema": _Key(dict, "a mapping, a JSON Schema"),
+    "examples": _Key(list, "a list of {goal, arguments, result}"),
+    "result": _TEXT,
+    "side_effect": _Key(SideEffect, "NONE, IDEMPOTENT or NON_IDEMPOTENT"),
+    "needs_approval": _Key(bool, "true or false"),
+    "executor": _Key(Executor, "CALLER or DAEMON"),
 }
 _EXAMPLE_KEYS: _Keys = {
-    "goal": (str, "a text"),
-    "arguments": (dict, "a mapping"),
-    "result": (str, "a text"),
+    "goal": _TEXT,
+    "arguments": _Key(dict, "a mapping"),
+    "result": _TEXT,
 }
+_DAEMON_KEYS = ("name", "executor")
 _PATIENCE_S = 3600.0
 """For a person to type a result."""
 
@@ -51,6 +71,7 @@ def load_tools(path: Path) -> list[tuple[Tool, str | None]]:
     for index, entry in enumerate(entries):
         found += _wrong(entry, _KEYS, f"[{index}]", required=("name",))
         found += _unquoted(entry, f"[{index}]")
+        found += _daemons_own(entry, f"[{index}]")
     if found:
         raise _report(path, found)
     return [_tool(entry) for entry in entries]
@@ -73,9 +94,8 @@ def _wrong(
             hint = f", did you mean {close[0]}?" if close else f", known: {', '.join(keys)}"
             yield FieldViolation(f"{path}.{key}", f"unknown key{hint}")
             continue
-        kind, said = keys[key]
-        if not isinstance(value, kind):
-            yield FieldViolation(f"{path}.{key}", f"must be {said}")
+        if not keys[key].holds(value):
+            yield FieldViolation(f"{path}.{key}", f"must be {keys[key].said}")
     examples = entry.get("examples")
     for index, example in enumerate(examples if isinstance(examples, list) else ()):
         at = f"{path}.examples[{index}]"
@@ -95,6 +115,14 @@ def _unquoted(value: Any, path: str) -> Iterator[FieldViolation]:
             yield from _unquoted(item, f"{path}[{index}]")
 
 
+def _daemons_own(entry: Any, path: str) -> Iterator[FieldViolation]:
+    """What is said of a tool that the daemon defines and executes."""
+    if isinstance(entry, dict) and entry.get("executor") == Executor.DAEMON:
+        for key in _KEYS:
+            if key in entry and key not in _DAEMON_KEYS:
+                yield FieldViolation(f"{path}.{key}", "the daemon has its own for this tool")
+
+
 def _tool(entry: dict[str, Any]) -> tuple[Tool, str | None]:
     schema = entry.get("input_schema")
     result = entry.get("result")
@@ -111,6 +139,9 @@ def _tool(entry: dict[str, Any]) -> tuple[Tool, str | None]:
             for example in entry.get("examples", ())
         ),
         timeout_s=_PATIENCE_S if result is None else None,
+        side_effect=SideEffect(entry.get("side_effect", SideEffect.NON_IDEMPOTENT)),
+        executor=Executor(entry.get("executor", Executor.CALLER)),
+        needs_approval=entry.get("needs_approval", False),
     )
     return tool, result
 

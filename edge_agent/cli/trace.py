@@ -1,13 +1,22 @@
 """`edge-agent trace RUN`: what is on record of a run's steps and tool calls, as a timeline."""
 
 import argparse
+import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
 from edge_agent.cli.output import Subparsers, add_json, add_socket, aligned, connect, print_json
+from edge_agent.cli.run_printer import counted_steps
 from edge_agent.core import Run
+from edge_agent.errors import NotFound
 from edge_agent.records import CallRecord, StepRecord
 
-_HEAD = ("AT", "WHAT", "TOOK", "QUEUE", "LOAD", "TTFT", "TOKENS", "CACHED", "ENDED AS")
+if TYPE_CHECKING:
+    from edge_agent.client import Client
+
+_HEAD: Final = ("AT", "TOOK", "QUEUE", "LOAD", "TTFT", "TOKENS", "CACHED", "WHAT")
+_LEAST_CELLS: Final = 12
 
 
 def register(subparsers: Subparsers) -> None:
@@ -19,7 +28,7 @@ def register(subparsers: Subparsers) -> None:
         "began: when, for how long, and how it ended. --json gives everything that is on record.",
         epilog="example: edge-agent trace 1f3870be274f6c49b3e31a0c6728957f",
     )
-    parser.add_argument("run", metavar="RUN", help="the id of the run")
+    parser.add_argument("run", metavar="RUN", help="as `edge-agent runs list` shows it")
     add_socket(parser)
     add_json(parser)
     parser.set_defaults(handler=run_trace)
@@ -28,61 +37,87 @@ def register(subparsers: Subparsers) -> None:
 def run_trace(args: argparse.Namespace) -> int:
     """Show the records."""
     with connect(args) as client:
-        run = client.get(args.run)
         steps, calls = client.trace(args.run)
+        run = _run(client, args.run)
     if args.json:
         print_json({"run": run, "steps": steps, "tool_calls": calls})
         return 0
-    for line in describe(run, steps, calls):
+    for line in describe(run, steps, calls, shutil.get_terminal_size().columns):
         print(line)
     return 0
 
 
-def describe(run: Run, steps: Sequence[StepRecord], calls: Sequence[CallRecord]) -> list[str]:
-    """A line on the run, and a row for each step and tool call in the order of their beginning."""
-    why = f" ({run.error.reason})" if run.error else ""
-    lines = [f"run {run.id} of {run.client}: {run.state}{why}, {run.steps} steps on {run.engine}"]
-    timed = [(step.started_at_s, _step(step, run.created_at_s)) for step in steps]
-    timed += [(call.issued_at_s, _call(call, run.created_at_s)) for call in calls]
-    if timed:
-        rows = [row for _at_s, row in sorted(timed, key=lambda each: each[0])]
-        lines += aligned([_HEAD, *rows])
-    else:
-        lines.append("nothing is on record")
-    return [*lines, *_bodies(steps, calls)]
+def describe(
+    run: Run | None, steps: Sequence[StepRecord], calls: Sequence[CallRecord], columns: int
+) -> list[str]:
+    """The run, and a row for each step and tool call in the order of their beginning.
+
+    `run` None: only its records are left. Times count from its creation, or else from the first
+    record. Lines of at most `columns`, where that is enough for the figures.
+    """
+    timed = [(step.started_at_s, _step(step)) for step in steps]
+    timed += [(call.issued_at_s, _call(call)) for call in calls]
+    timed.sort(key=lambda each: each[0])
+    start_s = run.created_at_s if run else timed[0][0]
+    rows = [(_at(at_s - start_s), *row) for at_s, row in timed]
+    return [*_told(run, columns), *_table(rows, columns), *_bodies(steps, calls)]
 
 
-def _step(step: StepRecord, start_s: float) -> tuple[str, ...]:
+def _run(client: "Client", run_id: str) -> Run | None:
+    """The run; None once it is gone, which its records outlive."""
+    try:
+        return client.get(run_id)
+    except NotFound:
+        return None
+
+
+def _told(run: Run | None, columns: int) -> list[str]:
+    if run is None:
+        return ["the run itself is not kept any more; these are its records"]
+    lines = [
+        f"run {run.id}: {run.state}",
+        f"  of {run.client}, {counted_steps(run)} on {run.engine}",
+    ]
+    if run.error:
+        why = f"{run.error.reason}: {run.error.message}"
+        lines += textwrap.wrap(why, columns, initial_indent="  ", subsequent_indent="    ")
+    return lines
+
+
+def _table(rows: Sequence[Sequence[str]], columns: int) -> Iterator[str]:
+    """The rows, their last cell in as many lines as it takes."""
+    if not rows:
+        yield "nothing is on record"
+        return
+    *figures, what = zip(_HEAD, *rows, strict=True)
+    front = aligned(list(zip(*figures, strict=True)))
+    width = max(map(len, front)) + 2
+    for line, text in zip(front, what, strict=True):
+        cells = textwrap.wrap(text, max(columns - width, _LEAST_CELLS), subsequent_indent="  ")
+        yield f"{line:{width}}{cells[0]}"
+        for cell in cells[1:]:
+            yield f"{'':{width}}{cell}"
+
+
+def _step(step: StepRecord) -> tuple[str, ...]:
     used = step.usage
-    again = f" (attempt {step.attempt})" if step.attempt > 1 else ""
+    again = f" attempt {step.attempt}" if step.attempt > 1 else ""
     return (
-        _at(step.started_at_s - start_s),
-        f"step {step.step}{again}",
         _ms(step.duration_s * 1000),
         _ms(used.queue_s * 1000),
         _ms(used.load_s * 1000),
         _ms(used.ttft_ms),
         f"{used.prompt_tokens}+{used.completion_tokens}",
         str(used.cached_tokens),
-        step.finish,
+        f"step {step.step}{again}: {step.finish}",
     )
 
 
-def _call(call: CallRecord, start_s: float) -> tuple[str, ...]:
+def _call(call: CallRecord) -> tuple[str, ...]:
     took_ms = None if call.ended_at_s is None else (call.ended_at_s - call.issued_at_s) * 1000
     ended = f"{call.effect} {call.result_class or ''}".strip()
     size = "" if call.result_bytes is None else f", {call.result_bytes} bytes"
-    return (
-        _at(call.issued_at_s - start_s),
-        f"  {call.tool} {call.call_id}",
-        _ms(took_ms),
-        "",
-        "",
-        "",
-        "",
-        "",
-        f"{ended}{size}",
-    )
+    return _ms(took_ms), "", "", "", "", "", f"{call.tool} {call.call_id}: {ended}{size}"
 
 
 def _bodies(steps: Sequence[StepRecord], calls: Sequence[CallRecord]) -> Iterator[str]:
