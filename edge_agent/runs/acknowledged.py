@@ -7,6 +7,7 @@ and the delivery of results. Decides nothing about steps.
 
 import asyncio
 import dataclasses
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
@@ -27,6 +28,7 @@ from edge_agent.core import (
     ToolResult,
 )
 from edge_agent.errors import FailedPrecondition, InvalidRequest
+from edge_agent.heartbeat import Heartbeat
 from edge_agent.ledger.changes import (
     CallRecorded,
     Change,
@@ -138,16 +140,18 @@ class AcknowledgedRuns:
         verdict = recovery.judge(
             recovery.Unfinished(run, stored.spec, stored.running_step, stored.deaths, stored.calls)
         )
-        now_s = time.time()
-        lost = [
-            CallRecorded(dataclasses.replace(call, effect=Effect.UNKNOWN, ended_at_s=now_s))
-            for call in verdict.unknown
-        ]
-        await self._ledger.commit(RunRecovered(run.id, verdict.deaths), *lost)
+        ended = [call for call in verdict.calls if call.effect is not Effect.INTENDED]
+        await self._ledger.commit(RunRecovered(run.id, verdict.deaths), *map(CallRecorded, ended))
         if run.state is not RunState.SUSPENDED:  # what its step had said by then was not written
             run = dataclasses.replace(run, sequence=run.sequence + recovery.SEQUENCE_GAP)
         live = LiveRun(run, stored.spec, self._journal, stored.events)
-        self._runs.adopt(live, verdict.state, verdict.error, attempt=stored.attempts + 1)
+        self._runs.adopt(
+            live,
+            verdict.state,
+            verdict.error,
+            attempt=stored.attempts + 1,
+            calls=verdict.calls,
+        )
         log.info(
             "run_recovered",
             run=run.id,
@@ -172,7 +176,7 @@ class AcknowledgedRuns:
             # Whoever asks may be gone by the time that it is on disk: that changes nothing.
             task = asyncio.create_task(self._write_down(live), name=f"accept-{live.id}")
             self._accepting[live.id] = task
-            task.add_done_callback(lambda _task: self._accepting.pop(live.id))
+            task.add_done_callback(functools.partial(self._written_down, live.id))
         if (accepting := self._accepting.get(live.id)) is not None:
             live = await asyncio.shield(accepting)
         await live.settled()
@@ -268,7 +272,7 @@ class AcknowledgedRuns:
         """Deliver no more what this client has up to this number."""
         await self._ledger.commit(ResultsAcked(client, up_to_number))
 
-    # --- Halts and counts ---
+    # --- Halts, heartbeats and counts ---
 
     def halts(self) -> tuple[Halt, ...]:
         """All that are latched, oldest first."""
@@ -282,11 +286,20 @@ class AcknowledgedRuns:
         """Lift a Halt; see `Halting.clear`."""
         await self._runs.clear_halt(halt_id)
 
+    def beat(self, client: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool) -> int:
+        """Take a client's beat; see `Heartbeats.beat`."""
+        return self._runs.beat(client, nonce, heartbeat, stop=stop)
+
     def counts(self) -> Mapping[RunState, int]:
         """Runs in memory by state."""
         return self._runs.counts()
 
     # --- inside ---
+
+    def _written_down(self, run_id: str, task: "asyncio.Task[LiveRun]") -> None:
+        del self._accepting[run_id]
+        if not task.cancelled():
+            task.exception()  # retrieved here: nobody may wait for it any more
 
     async def _write_down(self, live: LiveRun) -> LiveRun:
         """Let an accepted run begin once it is on disk; or find the one that is there already."""

@@ -6,7 +6,7 @@ never while a Halt covers them. Decides nothing about steps.
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from edge_agent.core import (
@@ -36,7 +36,7 @@ from edge_agent.errors import (
     StepFailed,
     ToolNotReady,
 )
-from edge_agent.records import CallRecord, ResultClass
+from edge_agent.records import CallRecord, Effect, ResultClass
 from edge_agent.runs import history
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.live import LiveRun
@@ -152,6 +152,12 @@ class ToolCalls:
         raise NotFound(message, reason="TOOL_CALL_NOT_FOUND", metadata=metadata)
 
     # --- executing ---
+
+    def take_over(self, records: Iterable[CallRecord]) -> None:
+        """Those that an earlier daemon has begun, and whose results are still to come."""
+        self._begun.update(
+            (record.call_id, record) for record in records if record.effect is Effect.INTENDED
+        )
 
     def tool(self, name: str) -> Tool:
         """A tool of this run. Raises StepFailed: reason TOOL_NOT_ALLOWED."""
@@ -294,11 +300,12 @@ class ToolCalls:
         return await self._daemon_tools.call(call, timeout_s=self._timeout_s(call))
 
     def _accept(self, result: ToolResult, kind: ResultClass | None = None) -> None:
+        # First, so that no call is on record as done whose result a restart would not find.
+        self._live.emit(ToolResultAccepted(result))
         record = self._begun.pop(result.tool_call_id, None)
         if record is not None:
             call = self._call(result.tool_call_id)
             self._records.call(self._recorder.ended(record, call, result, kind))
-        self._live.emit(ToolResultAccepted(result))
 
     def _lose(self, call: ToolCall, *, once: bool, kind: ResultClass | None = None) -> None:
         record = self._begun.pop(call.id, None)

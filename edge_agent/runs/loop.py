@@ -7,7 +7,7 @@ decides. Ends in exactly one `RunFinished`, whatever happens.
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,6 +31,7 @@ from edge_agent.core import (
     ToolResult,
 )
 from edge_agent.errors import EdgeAgentError, OutcomeUnknown, StepFailed
+from edge_agent.records import CallRecord
 from edge_agent.runs import history, limits
 from edge_agent.runs.calls import DaemonTools, ToolCalls
 from edge_agent.runs.halts import HaltLatch
@@ -95,7 +96,7 @@ class RunLoop:
         `recording` None: nobody watches the machine.
         """
         self.live = live
-        self.attempt = 1
+        self._attempt = 1
         self._around = around
         self._recording = recording
         self._recorder = StepRecorder(live.id, live.spec, engine, around.machine, settings.bodies)
@@ -108,6 +109,11 @@ class RunLoop:
         self._task: asyncio.Task[None] | None = None
         self._driving = False
         live.on_lost = self._not_written
+
+    def take_over(self, attempt: int, calls: Iterable[CallRecord]) -> None:
+        """Go on where an earlier daemon was: the attempt at its step, and calls that had begun."""
+        self._attempt = attempt
+        self._calls.take_over(calls)
 
     def start(self) -> "asyncio.Task[None]":
         """Begin, or go on; the task ends right after the run, or when it is suspended."""
@@ -231,7 +237,7 @@ class RunLoop:
         )
         if run.durable:
             records.step_started(run.id, step)
-        record = self._recorder.begin(step, run.steps or None, self.attempt)
+        record = self._recorder.begin(step, run.steps or None, self._attempt)
         try:
             result = await self._around.steps.decide(
                 spec.engine,
@@ -249,7 +255,7 @@ class RunLoop:
             raise
         message = _message(result, result.tool_calls)
         records.step(self._recorder.decided(record, result, message))
-        self.attempt = 1
+        self._attempt = 1
         return result
 
     def _number(self, decided: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:

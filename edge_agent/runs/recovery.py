@@ -4,6 +4,7 @@ Nothing stale acts: a run goes on by itself only where calling its tools again l
 behind; otherwise somebody who has looked at the world resumes it.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,22 +32,26 @@ class Unfinished:
 class Verdict:
     """What to do with it: `state` QUEUED (it goes on), SUSPENDED, or its end.
 
-    `deaths` is how many daemons have died in its running step by now; `unknown` are the calls of
-    which nobody knows whether they acted.
+    `deaths` is how many daemons have died in its running step by now; `calls` are the records of
+    calls that had begun, with what is known of them now.
     """
 
     state: RunState
     error: RunError | None = None
     deaths: int = 0
-    unknown: tuple[CallRecord, ...] = ()
+    calls: tuple[CallRecord, ...] = ()
 
 
 def judge(left: Unfinished) -> Verdict:
     """What becomes of the run."""
+    calls = tuple(_settled(call, left.run) for call in left.calls if call.effect is Effect.INTENDED)
+    return dataclasses.replace(_judge(left, calls), calls=calls)
+
+
+def _judge(left: Unfinished, calls: Sequence[CallRecord]) -> Verdict:
     run = left.run
-    unknown = tuple(call for call in left.calls if _may_have_acted(call))
-    if unknown:
-        return _outcome_unknown([call.call_id for call in unknown], unknown)
+    if unknown := [call.call_id for call in calls if call.effect is Effect.UNKNOWN]:
+        return _outcome_unknown(unknown)
     if run.state is RunState.SUSPENDED:  # before the daemon ended, so it did not die of this run
         return Verdict(RunState.SUSPENDED, run.error, left.deaths)
     if run.state is RunState.CANCELLING and run.open_tool_calls:
@@ -72,17 +77,21 @@ def restarted() -> RunError:
     return RunError("DAEMON_RESTARTED", message, retryable=True)
 
 
-def _may_have_acted(call: CallRecord) -> bool:
-    return (
-        call.effect is Effect.INTENDED
-        and call.executor is Executor.DAEMON
-        and call.side_effect is SideEffect.NON_IDEMPOTENT
-    )
+def _settled(call: CallRecord, run: Run) -> CallRecord:
+    """A call that had begun, with what is known of it now."""
+    for turn in run.transcript:
+        if turn.tool_call_id == call.call_id:
+            effect = Effect.FAILED if turn.is_error else Effect.DONE
+            return dataclasses.replace(call, effect=effect)
+    once = call.side_effect is SideEffect.NON_IDEMPOTENT
+    if once and call.executor is Executor.DAEMON:
+        return dataclasses.replace(call, effect=Effect.UNKNOWN)
+    return call
 
 
-def _outcome_unknown(ids: Sequence[str], unknown: tuple[CallRecord, ...] = ()) -> Verdict:
+def _outcome_unknown(ids: Sequence[str]) -> Verdict:
     names = ", ".join(ids)
     message = f"the daemon ended while {names} may have acted; nobody knows what came of it"
     metadata = {"cause": "DAEMON_RESTARTED", "tool_call_ids": names}
     error = RunError("OUTCOME_UNKNOWN", message, False, metadata)
-    return Verdict(RunState.OUTCOME_UNKNOWN, error, unknown=unknown)
+    return Verdict(RunState.OUTCOME_UNKNOWN, error)

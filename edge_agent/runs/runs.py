@@ -9,7 +9,7 @@ import itertools
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import structlog
@@ -36,9 +36,12 @@ from edge_agent.errors import (
     Overloaded,
     Unavailable,
 )
+from edge_agent.heartbeat import Heartbeat
+from edge_agent.records import CallRecord
 from edge_agent.runs.calls import DaemonTools
 from edge_agent.runs.halting import Halting, halted_by
 from edge_agent.runs.halts import HaltLatch, covers_run
+from edge_agent.runs.heartbeats import Heartbeats
 from edge_agent.runs.live import Journal, LiveRun
 from edge_agent.runs.loop import Recording, RunLoop, Steps, Surroundings
 from edge_agent.runs.recording import Machine, NoRecords, Records
@@ -89,6 +92,7 @@ class Runs:
         self._around = Surroundings(engines, latch, daemon_tools, records or NoRecords(), machine)
         self._journal = journal
         self._halting = Halting(latch, self._stop_covered)
+        self._heartbeats = Heartbeats(self._stop_client)
         self._recorder = recorder
         self._store = MemoryRunStore(
             retention_s=lambda: self.settings.retention_s,
@@ -97,6 +101,7 @@ class Runs:
         self._active: dict[str, tuple[RunLoop, asyncio.Task[None]]] = {}
         self._accepted: set[str] = set()
         self._suspended: dict[str, asyncio.TimerHandle] = {}
+        self._cancelled_next: dict[str, RunError] = {}
         self._accepting = True
 
     def create(self, spec: RunSpec, *, client: str, request_id: str) -> Run:
@@ -148,23 +153,35 @@ class Runs:
         halt = self._latch.covering_run(run.client, run.agent)
         if halt is not None:  # latched while the run was written to disk
             self._stop_halted(loop, halted_by(halt))
+        elif not self._accepting:
+            loop.park(_stopping())
         self._drive(loop)
 
     def forget(self, run_id: str) -> None:
         """Forget an accepted run that is not to begin after all."""
         self._accepted.discard(run_id)
+        self._cancelled_next.pop(run_id, None)
         self._store.forget(run_id)
 
     def adopt(
-        self, live: LiveRun, state: RunState, error: RunError | None, *, attempt: int
+        self,
+        live: LiveRun,
+        state: RunState,
+        error: RunError | None,
+        *,
+        attempt: int,
+        calls: Iterable[CallRecord],
     ) -> None:
-        """Keep a run that an earlier daemon has left, and let it go on, wait or end (`state`)."""
+        """Keep a run that an earlier daemon has left, and let it go on, wait or end (`state`).
+
+        `attempt` is the next one at its running step; `calls` are on record as begun.
+        """
         try:
             engine = self._engines.engine(live.spec.engine)
         except NotFound:  # it may be installed by the time that somebody resumes the run
             engine = None
         loop = self._keep(live, engine)
-        loop.attempt = attempt
+        loop.take_over(attempt, calls)
         halt = self._latch.covering_run(live.run.client, live.run.agent)
         if state is RunState.QUEUED and halt is not None:
             state, error = RunState.SUSPENDED, halted_by(halt)
@@ -321,6 +338,27 @@ class Runs:
             ):
                 yield loop
 
+    # --- heartbeats ---
+
+    def beat(self, client: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool) -> int:
+        """Take a client's beat; see `Heartbeats.beat`."""
+        return self._heartbeats.beat(client, nonce, heartbeat, stop=stop)
+
+    def _stop_client(self, client: str, state: RunState, error: RunError) -> int:
+        """Suspend or cancel a client's runs; what is not durable can only be cancelled."""
+        left = [loop for loop in self._store.newest_first() if not loop.live.state.ended]
+        runs = [loop for loop in left if loop.live.run.client == client]
+        if state is RunState.SUSPENDED:
+            runs = [loop for loop in runs if loop.live.state is not RunState.SUSPENDED]
+        for loop in runs:
+            if state is RunState.SUSPENDED:
+                self._stop_halted(loop, error)
+                continue
+            if loop.live.id not in self._suspended:  # it may be about to be suspended
+                self._cancelled_next[loop.live.id] = error
+            self._stop(loop, state, error)
+        return len(runs)
+
     # --- stopping ---
 
     def stop_accepting(self) -> None:
@@ -333,8 +371,9 @@ class Runs:
         tasks = [task for _loop, task in self._active.values()]
         if tasks:
             await asyncio.wait(tasks, timeout=grace_s)
+        self._heartbeats.close()
         left = tuple(self._active.values())
-        error = RunError("DAEMON_STOPPING", "the daemon is stopping", retryable=True)
+        error = _stopping()
         for loop, _task in left:
             if loop.live.run.durable:
                 loop.park(error)
@@ -360,8 +399,11 @@ class Runs:
     def _left(self, run_id: str) -> None:
         """Nothing drives the run any more: it has ended, or is suspended."""
         loop, _task = self._active.pop(run_id)
+        cancelled = self._cancelled_next.pop(run_id, None)
         if loop.live.state is RunState.SUSPENDED:
             self._wait_suspended(loop)
+            if cancelled is not None:
+                self._stop(loop, RunState.CANCELLED, cancelled)
         else:
             self._store.ended(run_id)
 
@@ -414,6 +456,10 @@ class Runs:
                 retry_after_s=_RETRY_AFTER_S,
             )
         return self._engines.engine(spec.engine)
+
+
+def _stopping() -> RunError:
+    return RunError("DAEMON_STOPPING", "the daemon is stopping", retryable=True)
 
 
 def request_reused(request_id: str, run_id: str) -> AlreadyExists:

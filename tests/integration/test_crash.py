@@ -6,7 +6,7 @@ import random
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -43,18 +43,18 @@ class Lives:
             command + arguments, stdout=subprocess.PIPE, cwd=REPOSITORY, text=True
         ) as child:
             assert child.stdout is not None
+            said = iter(child.stdout)
+            self._note(next(said, ""))  # it has begun
+            kill = threading.Timer(kill_after_s or LIFE_TIMEOUT_S, child.kill)
+            kill.start()
             try:
-                first = child.stdout.readline()
-                if kill_after_s is not None:
-                    time.sleep(kill_after_s)  # the instant is what is tried here
-                    child.kill()
-                said, _ = child.communicate(timeout=LIFE_TIMEOUT_S)
+                for line in said:
+                    self._note(line)
+                child.wait(LIFE_TIMEOUT_S)
             finally:
+                kill.cancel()
                 child.kill()
-        self._note(first)
-        for line in said.splitlines():
-            self._note(line)
-        assert child.returncode in (0, -signal.SIGKILL), said
+        assert child.returncode in (0, -signal.SIGKILL)
         return child.returncode == 0
 
     def _note(self, line: str) -> None:
@@ -95,8 +95,8 @@ class Lives:
         return Counter(path.read_text().splitlines() if path.exists() else [])
 
 
-def kill_with_every_statement(directory: Path, bug: str = "") -> None:
-    for statement in range(1, 500, EVERY):
+def kill_with_every_statement(directory: Path, every: int, bug: str = "") -> None:
+    for statement in range(1, 500, every):
         lives = Lives(directory / str(statement), 1, bug)
         whole = lives.live(crash_at=statement)
         asyncio.run(lives.check())
@@ -109,13 +109,13 @@ def kill_with_every_statement(directory: Path, bug: str = "") -> None:
 
 
 def test_killed_with_every_statement_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:
-    kill_with_every_statement(tmp_path)
+    kill_with_every_statement(tmp_path, EVERY)
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_noticed(tmp_path: Path, bug: str) -> None:
     with pytest.raises(AssertionError):
-        kill_with_every_statement(tmp_path, bug)
+        kill_with_every_statement(tmp_path, 1, bug)
 
 
 def test_killed_at_any_instant_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:

@@ -93,7 +93,9 @@ class TestKilled:
             client.submit(run_id, result(call_id, "the light is on"))
             resume(client, run_id, "It is dark outside.")
             ended = client.end_of(run_id)
+            trace = client.runs.GetTrace(run_pb.GetTraceRequest(run_id=run_id), timeout=20)
         assert ended.state == run_pb.RUN_STATE_SUCCEEDED
+        assert [call.effect for call in trace.tool_calls] == ["DONE"]
         roles = [turn.role for turn in ended.transcript]
         assert roles == [pb.ROLE_ASSISTANT, pb.ROLE_TOOL, pb.ROLE_USER, pb.ROLE_ASSISTANT]
 

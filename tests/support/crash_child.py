@@ -196,11 +196,11 @@ def crash_at(statement: int) -> None:
     setattr(Book, "__init__", init)  # noqa: B010 - mypy knows no other way
 
 
-class IntendsLater(LedgerRecords):
-    """A planted bug: a call that acts starts before that is on disk."""
+class IntendsNothing(LedgerRecords):
+    """A planted bug: a call that acts starts, and that is on record only when it has ended."""
 
     async def intend(self, record: CallRecord) -> None:
-        self.call(record)
+        pass
 
 
 class SaysItFirst(LedgerJournal):
@@ -211,7 +211,7 @@ class SaysItFirst(LedgerJournal):
         done(None)
 
 
-BUGS: dict[str, type] = {bug.__name__: bug for bug in (IntendsLater, SaysItFirst)}
+BUGS: dict[str, type] = {bug.__name__: bug for bug in (IntendsNothing, SaysItFirst)}
 
 
 async def live(directory: Path, count: int, bug: str) -> None:

@@ -2,10 +2,22 @@
 
 import dataclasses
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.core import Executor, Run, RunError, RunState, SideEffect, Tool, ToolCall
+from edge_agent.core import (
+    Executor,
+    Message,
+    Role,
+    Run,
+    RunError,
+    RunState,
+    SideEffect,
+    TextPart,
+    Tool,
+    ToolCall,
+)
 from edge_agent.records import CallRecord, Effect
 from edge_agent.runs.recovery import MAX_DEATHS, Unfinished, judge
 from tests.support.scripted_engine import spec
@@ -79,7 +91,8 @@ def test_what_acts_once_and_may_have_acted_is_never_run_again(what):
         == (Effect.INTENDED, SideEffect.NON_IDEMPOTENT, Executor.DAEMON)
     ]
     verdict = judge(what)
-    assert verdict.unknown == tuple(may_have)
+    unknown = [each for each in verdict.calls if each.effect is Effect.UNKNOWN]
+    assert len(unknown) == len(may_have)
     assert not may_have or verdict.state is RunState.OUTCOME_UNKNOWN
 
 
@@ -115,3 +128,13 @@ def test_a_callers_own_call_is_not_taken_for_lost():
     run = dataclasses.replace(RUN, state=RunState.WAITING_TOOL, open_tool_calls=(CALL,))
     intended = call(Effect.INTENDED, SideEffect.NON_IDEMPOTENT, Executor.CALLER)
     assert judge(left(run, calls=(intended,))).state is RunState.SUSPENDED
+
+
+@pytest.mark.parametrize(("is_error", "effect"), [(False, Effect.DONE), (True, Effect.FAILED)])
+def test_a_call_whose_result_is_there_has_acted_whatever_its_record_says(is_error, effect):
+    turn = Message(Role.TOOL, (TextPart("sent"),), (), "call-1", is_error)
+    run = dataclasses.replace(RUN, transcript=(turn,))
+    intended = call(Effect.INTENDED, SideEffect.NON_IDEMPOTENT, Executor.DAEMON)
+    verdict = judge(left(run, calls=(intended,)))
+    assert [each.effect for each in verdict.calls] == [effect]
+    assert verdict.state is RunState.SUSPENDED
