@@ -142,22 +142,21 @@ class _Reader:
                 return
             self.holes += 1
             beyond = self._beyond(broke_at + 1)
-            if beyond is None:
-                break
+            if beyond - broke_at > _ONE_BY_ONE:  # so some that can be read may lie before it
+                yield from self._scan(broke_at + 1, beyond, "DESC")
+            if beyond == _MAX_KEY:
+                return
             first = beyond
-        yield from self._scan(first, _MAX_KEY, "DESC")
 
-    def _beyond(self, key: int) -> int | None:
-        """Where a table can be read again: looked for one by one, then in ever longer steps."""
+    def _beyond(self, key: int) -> int:
+        """Where the table can be read again: looked for one by one, then in ever longer steps."""
         step = 1
         for tried in itertools.count():
-            if key > _MAX_KEY:
-                return None
-            if self._reaches(key):
-                return key
+            if key >= _MAX_KEY or self._reaches(key):
+                break
             step = step if tried < _ONE_BY_ONE else step * 2
             key += step
-        return None
+        return min(key, _MAX_KEY)
 
     def _reaches(self, key: int) -> bool:
         table = self._table

@@ -5,6 +5,7 @@ import dataclasses
 import threading
 from pathlib import Path
 
+import apsw
 import pytest
 
 from edge_agent.core import Event, RunError, RunFinished, RunState, StateChanged
@@ -20,6 +21,8 @@ from edge_agent.ledger.changes import (
     StepStarted,
 )
 from edge_agent.ledger.ledger import Ledger
+from edge_agent.ledger.opening import FILE_NAME
+from edge_agent.ledger.rows import crc
 from edge_agent.records import Effect, LoggedText
 from tests.support.ledger import (
     SETTINGS,
@@ -256,6 +259,80 @@ def test_what_fails_fails_alone_and_leaves_nothing(tmp_path: Path):
             )
             assert [type(each) for each in outcomes] == [tuple, LedgerFailed, LedgerFailed, tuple]
             assert {each.run.id for each in await ledger.unfinished()} == {"run-1", "run-3"}
+
+    asyncio.run(main())
+
+
+def test_changes_that_are_written_together_build_on_each_other(tmp_path: Path):
+    async def main():
+        async with opened(tmp_path) as ledger:
+            first = new("run-1")
+            short = LoggedText(1, 1, "on", (2,), (1,))
+            longer = LoggedText(1, 1, "on the table", (2, 12), (1, 2))
+            text = [EventsAdded(first.run, (each,)) for each in (short, longer)]
+            step = went_on(dataclasses.replace(first.run, sequence=2), "there")
+            last = ended(step.run)
+            late = Event("run-1", last.run.sequence + 1, StateChanged(RunState.SUCCEEDED))
+            after = EventsAdded(last.run, (late,))
+            await ledger.commit(first, *text, StepStarted("run-1", 1), step, last, after)
+            stored = await ledger.find("run-1")
+            assert stored is not None
+            assert stored.events[:-2] == (longer, *step.events)
+            assert stored.events[-1] == late
+            assert stored.running_step is None
+
+    asyncio.run(main())
+
+
+def test_what_was_refused_leaves_no_trace_in_what_comes_after(tmp_path: Path):
+    async def main():
+        async with opened(tmp_path) as ledger:
+            first = new("run-1")
+            step = went_on(first.run)
+            await ledger.commit(first)
+            with pytest.raises(LedgerFailed):
+                await ledger.commit(step, StepStarted("run-1", 7), step)
+            await ledger.commit(new("run-2"))
+            stored = await ledger.find("run-1")
+            assert stored is not None
+            assert (stored.events, stored.running_step) == ((), None)
+            await ledger.commit(step)
+            stored = await ledger.find("run-1")
+            assert stored is not None
+            assert stored.events == step.events
+
+    asyncio.run(main())
+
+
+def test_events_come_in_their_order_only(tmp_path: Path):
+    async def main():
+        async with opened(tmp_path) as ledger:
+            first = new("run-1")
+            step = went_on(first.run)
+            await ledger.commit(first, step)
+            with pytest.raises(LedgerFailed, match="event 1 comes after event 4"):
+                await ledger.commit(step)
+
+    asyncio.run(main())
+
+
+def test_the_events_of_another_run_are_not_taken_for_its_own(tmp_path: Path):
+    async def main():
+        async with opened(tmp_path) as ledger:
+            for name in ("run-1", "run-2"):
+                first = new(name)
+                await ledger.commit(first, went_on(first.run))
+        connection = apsw.Connection(str(tmp_path / FILE_NAME))
+        query = "SELECT * FROM heads WHERE run = ?"
+        one, other = (connection.execute(query, (run,)).fetchall()[0] for run in (1, 2))
+        mixed = (*one[:3], other[3], *one[4:9])
+        connection.execute(
+            "UPDATE heads SET tail = ?, crc = ? WHERE run = 1", (other[3], crc(mixed))
+        )
+        connection.close()
+        async with opened(tmp_path) as ledger:
+            with pytest.raises(LedgerRowCorrupt, match="not an event of run 1"):
+                await ledger.find("run-1")
 
     asyncio.run(main())
 

@@ -44,7 +44,7 @@ async def write_until_killed(directory: Path, life: int) -> None:
 
 
 def killed_after(directory: Path, life: int, wait_s: float) -> dict[str, int]:
-    """What a process had told of when it was killed so long after its first word."""
+    """What a process had told of when it was killed, about so long after its first word."""
     command = [sys.executable, __file__, str(directory), str(life)]
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as process:
@@ -55,6 +55,7 @@ def killed_after(directory: Path, life: int, wait_s: float) -> dict[str, int]:
         while (left_s := end_s - time.monotonic()) > 0:
             if select.select([process.stdout], [], [], left_s)[0]:
                 said += os.read(process.stdout.fileno(), 1 << 16)
+        said += os.read(process.stdout.fileno(), 1 << 16)  # and at once after its next word
         process.send_signal(signal.SIGKILL)
         said += process.stdout.read()
     lines = [line.split() for line in said.decode().splitlines()]

@@ -129,6 +129,7 @@ def test_acknowledged_results_make_room_and_others_do_not(tmp_path: Path):
         async with opened(tmp_path, SMALL) as ledger:
             unfinished = await begun(ledger, "run-unfinished")
             for n in range(400):  # several times what fits
+                ledger.accepts_new_runs()
                 client = "base" if n == 3 else "arm"
                 number = await whole_run(ledger, f"run-{n}", client=client, at_s=2_000.0 + n)
                 if client == "arm":
