@@ -5,10 +5,10 @@ several robots' stand side by side, and again under further names: a caller that
 context does so with many tools.
 
     name  tools  tokens    counted with the embedded engine's tokenizer and prompt format, up to
-    0.3k      3     305    where the model's turn begins; `tests/benchmarks/test_workloads.py`
-    2.5k     25    2461    counts them anew
-    5k       54    4930
-    11k     118   11037
+    0.3k      3     314    where the model's turn begins; `tests/benchmarks/test_workloads.py`
+    2.5k     25    2536    counts them anew
+    5k       54    5092
+    11k     118   11391
 
 An engine takes a workload whose tokens, and the output's, fit its context: 5k and 11k are for
 engines with a longer one than the embedded engine's 4096.

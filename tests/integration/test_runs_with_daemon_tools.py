@@ -36,7 +36,7 @@ def client(daemon):
 
 
 def test_the_daemon_executes_its_own_tool_and_the_model_reads_the_result(client):
-    spec = goal("Call the tool clock.", tools=BOTH, max_tool_calls=1)
+    spec = goal("Call the tool clock.", tools=BOTH, max_tool_calls=1, max_output_tokens=40)
     run_id = client.create(spec).id
     seen = list(client.watch(run_id, 0))
     assert "daemon_tool_started" in kinds(seen)
