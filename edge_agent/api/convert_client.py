@@ -16,7 +16,8 @@ from typing import TypedDict
 from edge_agent import core
 from edge_agent.api import convert_response
 from edge_agent.api.convert_telemetry import run_telemetry
-from edge_agent.api.spans import seconds
+from edge_agent.api.spans import filled, seconds
+from edge_agent.heartbeat import Heartbeat
 from edge_agent.status import DaemonState, DaemonStatus, MemoryStatus
 from edge_agent.v1 import run_service_pb2, system_service_pb2, types_pb2
 
@@ -129,6 +130,20 @@ def results_wanted(
     """The request for ended runs."""
     wait = convert_response.duration(wait_s)
     return run_service_pb2.WaitResultsRequest(cursor=cursor, max_results=max_results, wait=wait)
+
+
+def beat_request(
+    nonce: int, heartbeat: Heartbeat | None, *, stop: bool
+) -> run_service_pb2.BeatRequest:
+    """A beat; the first one with what is asked for."""
+    request = run_service_pb2.BeatRequest(nonce=nonce, stop=stop)
+    if heartbeat is not None:
+        filled(request.window, heartbeat.window_s)
+        if heartbeat.suspend_after_s is not None:
+            filled(request.suspend_after, heartbeat.suspend_after_s)
+        if heartbeat.cancel_after_s is not None:
+            filled(request.cancel_after, heartbeat.cancel_after_s)
+    return request
 
 
 def results_request(results: Iterable[core.ToolResult]) -> run_service_pb2.ConverseRequest:

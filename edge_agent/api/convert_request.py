@@ -6,6 +6,8 @@ fills in the defaults. Never asks the owners of runs or engines anything.
 
 from collections.abc import Sequence
 
+from google.protobuf.duration_pb2 import Duration
+
 from edge_agent.api.convert_conversation import (
     MAX_ITEMS,
     check_tool_name,
@@ -32,6 +34,7 @@ from edge_agent.core import (
     ToolExample,
     ToolResult,
 )
+from edge_agent.heartbeat import Heartbeat
 from edge_agent.v1 import engine_service_pb2, run_service_pb2, types_pb2
 
 NO_ARGUMENTS = '{"type":"object","properties":{},"additionalProperties":false}'
@@ -40,6 +43,9 @@ MAX_PAGE_SIZE = 1000
 MAX_REASON_BYTES = 256
 MAX_RESULTS_WAIT_S = 3600.0
 MAX_TOKEN_BYTES = 256
+MIN_WINDOW_S = 0.1
+MAX_WINDOW_S = 3600.0
+MAX_AFTER_LAPSE_S = 86400.0
 MAX_EXAMPLES = 16
 _MAX_UINT32 = 2**32 - 1
 _GRAMMAR_OPTIONS = "x-guidance"
@@ -141,6 +147,35 @@ def results_wanted(request: run_service_pb2.WaitResultsRequest) -> tuple[int, fl
         wait_s = found.duration_s("wait", request.wait, MAX_RESULTS_WAIT_S)
     found.raise_if_any()
     return request.max_results or DEFAULT_PAGE_SIZE, wait_s or 0.0
+
+
+def heartbeat(request: run_service_pb2.BeatRequest) -> Heartbeat | None:
+    """What a client that wants to be watched asks for; None where it is, or wants to be no more.
+
+    Raises InvalidRequest.
+    """
+    found = Violations()
+    asked_s: dict[str, float | None] = {}
+    for field, duration in request.ListFields():
+        if isinstance(duration, Duration):
+            most_s = MAX_WINDOW_S if field.name == "window" else MAX_AFTER_LAPSE_S
+            asked_s[field.name] = found.duration_s(field.name, duration, most_s)
+    if request.nonce or request.stop:
+        for name in asked_s:
+            found.add(name, "is set, but only a beat with nonce 0 that does not stop says it")
+        found.raise_if_any()
+        return None
+    window_s, suspend_s, cancel_s = map(asked_s.get, ("window", "suspend_after", "cancel_after"))
+    if "window" not in asked_s:
+        found.add("window", "is missing, a beat with nonce 0 begins the watch")
+    elif window_s is not None and window_s < MIN_WINDOW_S:
+        found.add("window", f"{window_s:g}s is below {MIN_WINDOW_S:g}s")
+    if not asked_s.keys() & {"suspend_after", "cancel_after"}:
+        found.add("suspend_after", "is missing, and so is cancel_after: one of them is to be set")
+    elif suspend_s is not None and cancel_s is not None and cancel_s <= suspend_s:
+        found.add("cancel_after", f"{cancel_s:g}s is not above suspend_after, {suspend_s:g}s")
+    found.raise_if_any()
+    return Heartbeat(window_s or 0.0, suspend_s, cancel_s)
 
 
 def run_id(value: str) -> str:

@@ -36,6 +36,7 @@ _CLIENT = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
 _QUIET = (
     "/grpc.health.v1.",
     "/grpc.reflection.",
+    "/edge_agent.v1.RunService/Beat",
     "/edge_agent.v1.SystemService/GetStatus",
     "/edge_agent.v1.EngineService/ListEngines",
 )

@@ -23,6 +23,7 @@ from edge_agent.core import (
     Tool,
     ToolResult,
 )
+from edge_agent.heartbeat import Heartbeat
 from edge_agent.records import CallRecord, StepRecord
 from edge_agent.status import DaemonStatus, StepWait
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
@@ -147,6 +148,18 @@ class RunsPort(Protocol):
 
     def halts(self) -> tuple[Halt, ...]:
         """Every latched Halt."""
+        ...
+
+    def beat(self, client: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool) -> int:
+        """Take a client's beat; returns the nonce of the next one, 0 where the watch ends.
+
+        `heartbeat` is what a beat with nonce 0 asks for, and None with any other, and with `stop`.
+
+        Raises:
+            FailedPrecondition: another nonce was expected.
+            Overloaded: too many clients are watched.
+            Unavailable: the daemon is stopping.
+        """
         ...
 
 

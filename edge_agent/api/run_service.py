@@ -177,6 +177,13 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         await self._runs.clear_halt(halt_id)
         return pb.ClearHaltResponse()
 
+    async def Beat(self, request: pb.BeatRequest, context: Context) -> pb.BeatResponse:
+        """Take a client's beat."""
+        heartbeat = convert_request.heartbeat(request)
+        client = current_call().client
+        nonce = self._runs.beat(client, request.nonce, heartbeat, stop=request.stop)
+        return pb.BeatResponse(nonce=nonce)
+
     async def _create(
         self, request: pb.CreateRunRequest | pb.ExecuteRunRequest, prefix: str = ""
     ) -> Run:

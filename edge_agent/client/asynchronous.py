@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
@@ -13,6 +13,7 @@ from edge_agent.api import convert_engine, convert_response, convert_telemetry, 
 from edge_agent.api.convert_client import RunOptions
 from edge_agent.client.toolbox import Toolbox, Tools
 from edge_agent.client.wire import (
+    BEAT_TIMEOUT_S,
     CHANNEL_OPTIONS,
     Goal,
     cut_short,
@@ -32,6 +33,8 @@ from edge_agent.core import (
     Tool,
     ToolResult,
 )
+from edge_agent.errors import EdgeAgentError
+from edge_agent.heartbeat import Heartbeat
 from edge_agent.records import CallRecord, StepRecord
 from edge_agent.status import DaemonStatus, StepWait
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
@@ -188,6 +191,54 @@ class AsyncClient:
         """Lift a Halt."""
         await self._call(self._runs.ClearHalt, run_pb.ClearHaltRequest(halt_id=halt_id))
 
+    async def beat(
+        self,
+        nonce: int = 0,
+        heartbeat: Heartbeat | None = None,
+        *,
+        stop: bool = False,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Say that this client is alive, as `Client.beat` does."""
+        request = convert.beat_request(nonce, heartbeat, stop=stop)
+        return (await self._call(self._runs.Beat, request, timeout_s)).nonce
+
+    @asynccontextmanager
+    async def heartbeat(
+        self,
+        window_s: float,
+        *,
+        suspend_after_s: float | None = None,
+        cancel_after_s: float | None = None,
+    ) -> AsyncIterator[None]:
+        """Beat in a task, at a third of the window: shows that this event loop gets on.
+
+        Otherwise as `Client.heartbeat` does.
+        """
+        asked = Heartbeat(window_s, suspend_after_s, cancel_after_s)
+        timeout_s = min(window_s, BEAT_TIMEOUT_S)
+        nonce, left = await self.beat(0, asked), asyncio.Event()
+
+        async def go_on() -> None:
+            nonlocal nonce
+            while True:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(left.wait(), window_s / 3)
+                    return
+                try:
+                    nonce = await self.beat(nonce, None if nonce else asked, timeout_s=timeout_s)
+                except EdgeAgentError:  # no answer, or not to this beat: begin anew
+                    nonce = 0
+
+        beating = asyncio.create_task(go_on(), name="heartbeat")
+        try:
+            yield
+        finally:
+            left.set()  # not cut off: a beat on its way might begin the watch anew behind the stop
+            await beating
+            with suppress(EdgeAgentError):  # the daemon is gone, or another program beats
+                await self.beat(nonce, stop=True, timeout_s=timeout_s)
+
     async def engines(self) -> tuple[EngineInfo, ...]:
         """All installed engines."""
         response = await self._call(self._engines.ListEngines, engine_pb.ListEnginesRequest())
@@ -251,9 +302,14 @@ class AsyncClient:
         finally:
             call.cancel()
 
-    async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
+    async def _call(
+        self,
+        method: Callable[..., Awaitable[T]],
+        request: object,
+        timeout_s: float | None = None,
+    ) -> T:
         with self._typed():
-            return await method(request, metadata=self._metadata)
+            return await method(request, metadata=self._metadata, timeout=timeout_s)
 
     async def _events(self, method: Callable[..., Any], request: object) -> AsyncIterator[Event]:
         call = method(request, metadata=self._metadata)

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, Self, TypeVar, Unpack
 
@@ -14,6 +14,7 @@ from edge_agent.api import convert_engine, convert_response, convert_telemetry, 
 from edge_agent.api.convert_client import RunOptions
 from edge_agent.client.toolbox import Toolbox, Tools
 from edge_agent.client.wire import (
+    BEAT_TIMEOUT_S,
     CHANNEL_OPTIONS,
     Goal,
     cut_short,
@@ -34,6 +35,8 @@ from edge_agent.core import (
     Tool,
     ToolResult,
 )
+from edge_agent.errors import EdgeAgentError
+from edge_agent.heartbeat import Heartbeat
 from edge_agent.records import CallRecord, StepRecord
 from edge_agent.status import DaemonStatus, StepWait
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
@@ -191,6 +194,57 @@ class Client:
         """Lift a Halt."""
         self._call(self._runs.ClearHalt, run_pb.ClearHaltRequest(halt_id=halt_id))
 
+    def beat(
+        self,
+        nonce: int = 0,
+        heartbeat: Heartbeat | None = None,
+        *,
+        stop: bool = False,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Say that this client is alive; returns the nonce of the next beat.
+
+        The first one has nonce 0 and says what happens when it falls silent. To beat from the loop
+        that does the work shows that the work gets on, which `heartbeat` does not.
+        """
+        request = convert.beat_request(nonce, heartbeat, stop=stop)
+        return self._call(self._runs.Beat, request, timeout_s).nonce
+
+    @contextmanager
+    def heartbeat(
+        self,
+        window_s: float,
+        *,
+        suspend_after_s: float | None = None,
+        cancel_after_s: float | None = None,
+    ) -> Iterator[None]:
+        """Beat in a thread, at a third of the window: shows that this process lives, and no more.
+
+        What fails is tried again, so that it outlives a restart of the daemon. Raises what the
+        first beat raises.
+        """
+        asked = Heartbeat(window_s, suspend_after_s, cancel_after_s)
+        timeout_s = min(window_s, BEAT_TIMEOUT_S)
+        nonce, left = self.beat(0, asked), threading.Event()
+
+        def go_on() -> None:
+            nonlocal nonce
+            while not left.wait(window_s / 3):
+                try:
+                    nonce = self.beat(nonce, None if nonce else asked, timeout_s=timeout_s)
+                except EdgeAgentError:  # no answer, or not to this beat: begin anew
+                    nonce = 0
+
+        beating = threading.Thread(target=go_on, name="heartbeat", daemon=True)
+        beating.start()
+        try:
+            yield
+        finally:
+            left.set()
+            beating.join()
+            with suppress(EdgeAgentError):  # the daemon is gone, or another program beats
+                self.beat(nonce, stop=True, timeout_s=timeout_s)
+
     def engines(self) -> tuple[EngineInfo, ...]:
         """All installed engines."""
         response = self._call(self._engines.ListEngines, engine_pb.ListEnginesRequest())
@@ -243,9 +297,9 @@ class Client:
         finally:
             call.cancel()
 
-    def _call(self, method: Callable[..., T], request: object) -> T:
+    def _call(self, method: Callable[..., T], request: object, timeout_s: float | None = None) -> T:
         with self._typed():
-            return method(request, metadata=self._metadata)
+            return method(request, metadata=self._metadata, timeout=timeout_s)
 
     def _events(self, method: Callable[..., Any], request: object) -> Iterator[Event]:
         call = method(request, metadata=self._metadata)

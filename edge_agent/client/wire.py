@@ -27,6 +27,8 @@ from edge_agent.v1 import run_service_pb2 as run_pb
 Goal = str | Sequence[Message]
 """What is wanted, in a user's words; or a whole conversation."""
 
+BEAT_TIMEOUT_S = 10.0
+"""How long to wait for the answer to a beat, where the window is not shorter."""
 CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1),)
 _SOCKET_VARIABLE = "EDGE_AGENT_SOCKET"
 

@@ -243,6 +243,7 @@ def expected(name: str) -> tuple[str, ...]:
         "EngineService.WatchEngines": ("smollm2-135m-instruct",),
         "SystemService.GetStatus": ("DAEMON_STATE_READY",),
         "SystemService.WatchTelemetry": ("availableBytes", "METRIC_STATUS_OK", "/proc/meminfo"),
+        "RunService.Beat": ("nonce",),
         "SystemService.ReloadConfig": ("{}",),
     }[name]
 

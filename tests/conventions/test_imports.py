@@ -47,6 +47,7 @@ LAYERS = {
     "config": Layer.PURE,
     "durable": Layer.PURE,
     "frames": Layer.PURE,
+    "heartbeat": Layer.PURE,
     "memory_lock": Layer.PURE,
     "notify": Layer.PURE,
     "paths": Layer.PURE,
@@ -110,6 +111,7 @@ LAYERS = {
 
 # Modules that decide, with time and chance handed to them: they read no clock and do no I/O.
 DECIDING = (
+    "heartbeat",
     "ledger.rows",
     "ledger.schema",
     "measuring.chart",

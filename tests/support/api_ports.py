@@ -45,6 +45,7 @@ from edge_agent.errors import (
     NotFound,
     Unavailable,
 )
+from edge_agent.heartbeat import Heartbeat
 from edge_agent.records import CallRecord, StepRecord
 from edge_agent.status import DaemonState, DaemonStatus, MemoryStatus, StepWait
 from edge_agent.telemetry.sampler import Sampler
@@ -88,6 +89,7 @@ class MemoryRuns:
         self._script = script
         self.specs: dict[str, RunSpec] = {}
         self.results: list[ToolResult] = []
+        self.beats: list[tuple[str, int, Heartbeat | None, bool]] = []
         self.watchers = 0
         self._runs: dict[str, Run] = {}
         self._events: dict[str, list[Event]] = {}
@@ -233,6 +235,13 @@ class MemoryRuns:
         runs = [run for run in self._runs.values() if run.durable and run.state.ended]
         numbered = [(n, replace(run, result_number=n)) for n, run in enumerate(runs, 1)]
         return tuple(run for n, run in numbered if n > after_number)[:limit]
+
+    def beat(self, client: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool) -> int:
+        if nonce not in (0, len(self.beats)):
+            raise FailedPrecondition("out of turn", reason="BEAT_OUT_OF_TURN")
+        self.beats.append((client, nonce, heartbeat, stop))
+        self._tell()
+        return 0 if stop else len(self.beats)
 
     async def ack_results(self, client: str, up_to_number: int) -> None:
         self.acked = (client, up_to_number)
