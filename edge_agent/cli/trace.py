@@ -28,7 +28,12 @@ def register(subparsers: Subparsers) -> None:
         "began: when, for how long, and how it ended. --json gives everything that is on record.",
         epilog="example: edge-agent trace 1f3870be274f6c49b3e31a0c6728957f",
     )
-    parser.add_argument("run", metavar="RUN", help="as `edge-agent runs list` shows it")
+    parser.add_argument(
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="as `edge-agent runs list` shows it; default: the newest",
+    )
     add_socket(parser)
     add_json(parser)
     parser.set_defaults(handler=run_trace)
@@ -37,8 +42,9 @@ def register(subparsers: Subparsers) -> None:
 def run_trace(args: argparse.Namespace) -> int:
     """Show the records."""
     with connect(args) as client:
-        steps, calls = client.trace(args.run)
-        run = _run(client, args.run)
+        run_id = args.run or _newest(client)
+        steps, calls = client.trace(run_id)
+        run = _run(client, run_id)
     if args.json:
         print_json({"run": run, "steps": steps, "tool_calls": calls})
         return 0
@@ -61,6 +67,12 @@ def describe(
     start_s = run.created_at_s if run else timed[0][0]
     rows = [(_at(at_s - start_s), *row) for at_s, row in timed]
     return [*_told(run, columns), *_table(rows, columns), *_bodies(steps, calls)]
+
+
+def _newest(client: "Client") -> str:
+    for run in client.list():
+        return run.id
+    raise NotFound("there are no runs", reason="RUN_NOT_FOUND")
 
 
 def _run(client: "Client", run_id: str) -> Run | None:

@@ -31,7 +31,7 @@ def commands() -> list[str]:
 @pytest.fixture(scope="module")
 def session(engine_store: Path) -> Iterator[Mapping[str, str]]:
     """The environment of a reader in whose session a daemon runs."""
-    with running_daemon(engine_store, BASE_CONFIG) as daemon:
+    with running_daemon(engine_store, BASE_CONFIG + "".join(blocks("yaml"))) as daemon:
         runtime = daemon.directory
         (runtime / "edge-agent").symlink_to(runtime / "run")
         (runtime / "state-home").mkdir()

@@ -187,3 +187,14 @@ def test_a_runs_steps_and_calls_are_shown_and_stay_over_a_restart(engine_store, 
     assert "clock call-1: DONE OK, " in told
     assert denied["tool_calls"][0]["result_class"] == "DENIED"
     assert [each["step"] for each in denied["steps"]] == [1, 2]
+
+
+def test_without_a_run_the_newest_is_traced(runtime_dir, capfd):
+    with EdgeThread(runtime_dir) as edge, Client(edge.api) as client:
+        assert main(["trace", "--socket", edge.api]) == 1
+        client.create("Hello")
+        newest = client.create("Hello again").id
+        assert main(["trace", "--socket", edge.api]) == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines()[0] == f"run {newest}: QUEUED"
+    assert "error: there are no runs\n" in err
