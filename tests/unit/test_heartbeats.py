@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from edge_agent.core import CancelTool, Run, RunError, RunState, SideEffect, Tool, ToolResult
 from edge_agent.errors import FailedPrecondition, Overloaded, Unavailable
@@ -233,6 +234,32 @@ class TestWatching:
         at_s = 10.0 + HELD_UP_S
         assert watch(scenario) == [("robot", SUSPENDED, at_s), ("robot", CANCELLED, at_s)]
 
+    def test_a_loop_that_is_held_up_again_and_again_hides_no_lapse(self):
+        async def scenario(watching):
+            watching.begin()
+            for _ in range(2):
+                asyncio.get_running_loop().jump(4.0)  # type: ignore[attr-defined]
+                await asyncio.sleep(0.01)
+            return watching.stopped
+
+        assert watch(scenario) == [("robot", SUSPENDED, 8.01), ("robot", CANCELLED, 8.01)]
+
+    @pytest.mark.parametrize("anew", [False, True])
+    def test_the_log_tells_of_a_lapse_and_of_its_end(self, anew):
+        async def scenario(watching):
+            nonce = watching.begin()
+            await asyncio.sleep(3.5)
+            watching.begin() if anew else watching.beat(nonce)
+
+        with capture_logs() as lines:
+            watch(scenario)
+        assert [(line["event"], line.get("lapse")) for line in lines] == [
+            ("client_watched", None),
+            ("client_lapsed", "NOTICED"),
+            ("client_lapsed", "SUSPENDED"),
+            ("client_back", "SUSPENDED"),
+        ]
+
     def test_a_daemon_that_stops_watches_nobody(self):
         async def scenario(watching):
             nonce = watching.begin()
@@ -326,6 +353,19 @@ class TestRuns:
             world.runs.beat("robot", 0, Heartbeat(1000.0, 1.0), stop=False)
             await asyncio.sleep(100)
             assert world.how(run_id) == (SUSPENDED, LAPSED)
+            world.runs.resume(run_id, (), "robot")
+            (await world.engines.next()).answer("Done")
+            await settle()
+            return world.how(run_id)
+
+        assert play(scenario) == (RunState.SUCCEEDED, None)
+
+    def test_a_second_lapse_leaves_alone_what_the_first_has_suspended(self, play):
+        async def scenario(world):
+            run_id = await world.begun()
+            await asyncio.sleep(3.5)
+            world.runs.beat("robot", 0, ASKED, stop=False)
+            await asyncio.sleep(3.5)
             world.runs.resume(run_id, (), "robot")
             (await world.engines.next()).answer("Done")
             await settle()
