@@ -54,6 +54,7 @@ class Book:
     def __init__(self, connection: apsw.Connection) -> None:
         """Nothing is known yet."""
         self.execute = connection.execute
+        self.execute_many = connection.executemany
         self._connection = connection
         self._marks: dict[str, Mark] = {}
         self._events: dict[int, tuple[rows.Value, ...]] = {}
@@ -71,15 +72,15 @@ class Book:
         """Hand over what waits: before a commit, and before anybody reads what may wait."""
         if self._events:
             events = ((number, *row, rows.crc(row)) for number, row in self._events.items())
-            self._connection.executemany(_INSERT_EVENT, events)
+            self.execute_many(_INSERT_EVENT, events)
             self._events.clear()
         if self._heads:
             heads = [(mark.number, *_head(run, mark)) for run, mark in self._heads.values()]
             going_on = [each for each in heads if each[2] is None]
-            self._connection.executemany(_UPDATE_HEAD, map(_going_on, going_on))
+            self.execute_many(_UPDATE_HEAD, map(_going_on, going_on))
             if len(going_on) < len(heads):
                 ended = (_ended(each) for each in heads if each[2] is not None)
-                self._connection.executemany(_END_HEAD, ended)
+                self.execute_many(_END_HEAD, ended)
             self._heads.clear()
 
     def inserted(self) -> int:

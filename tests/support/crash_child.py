@@ -41,7 +41,7 @@ from edge_agent.core import (
     ToolResult,
     Usage,
 )
-from edge_agent.ledger.changes import Book
+from edge_agent.ledger.book import Book
 from edge_agent.ledger.ledger import Ledger
 from edge_agent.ledger.settings import LedgerSettings
 from edge_agent.records import CallRecord
@@ -182,8 +182,10 @@ def crash_at(statement: int) -> None:
 
     def init(self: Book, connection: Any) -> None:
         made(self, connection)
-        execute = self.execute
+        self.execute = dying(self.execute)
+        self.execute_many = dying(self.execute_many)
 
+    def dying(execute: Callable[..., Any]) -> Any:
         def counting(*arguments: Any) -> Any:
             nonlocal counted
             counted += 1
@@ -191,7 +193,7 @@ def crash_at(statement: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return execute(*arguments)
 
-        self.execute = counting  # type: ignore[assignment]
+        return counting
 
     setattr(Book, "__init__", init)  # noqa: B010 - mypy knows no other way
 
