@@ -42,7 +42,7 @@ class JumpingLoop(VirtualTimeLoop):
 
     def __init__(self) -> None:
         super().__init__(_Jumps(self))
-        self.set_default_executor(_AtOnce())
+        self.set_default_executor(AtOnce())
 
     def jump(self, seconds: float) -> None:
         """Nothing can run before that."""
@@ -69,7 +69,7 @@ class Stuck(AssertionError):
     """Tasks wait for what never comes."""
 
 
-class _AtOnce(ThreadPoolExecutor):
+class AtOnce(ThreadPoolExecutor):
     """Runs what it is given before it returns."""
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
