@@ -1,6 +1,7 @@
 """Heartbeats over gRPC: a client that hangs with its socket open, and both clients' own beats."""
 
 import asyncio
+import signal
 from typing import Any
 
 import grpc
@@ -168,3 +169,15 @@ def test_a_client_that_beats_is_left_alone(daemon):
         with pytest.raises(FailedPrecondition) as left:
             client.beat(1)
     assert left.value.metadata["expected"] == "0"
+
+
+def test_a_heartbeat_outlives_its_daemon_and_the_next_one_watches_it_anew(engine_store):
+    with (
+        running_daemon(engine_store) as daemon,
+        Client(str(daemon.api_socket), name="stays") as client,
+        client.heartbeat(0.3, cancel_after_s=60.0),
+    ):
+        daemon.wait_for("client_watched")
+        daemon.stop(signal.SIGKILL)
+        daemon.restart()
+        assert daemon.wait_for("client_watched")["client"] == "stays"
