@@ -425,8 +425,8 @@ class Run:
 
     `created_at_s` and `ended_at_s` are Unix times, for people; waiting uses the monotonic clock.
     `open_tool_calls` wait for the caller's results, `daemon_tool_calls` for the daemon's own, and
-    `unapproved_tool_calls` for somebody's approval. `error` says why it is SUSPENDED, or why it
-    ended otherwise than by an answer. `result_number` orders what `WaitResults` delivers.
+    `unapproved_tool_calls` for somebody's approval. `error` says why it is SUSPENDED or CANCELLING,
+    or why it ended otherwise than by an answer. `result_number` orders what `WaitResults` delivers.
     """
 
     id: str
@@ -462,7 +462,10 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class StateChanged:
-    """The run is in another state, or its engine's load went on. `cause` of SUSPENDED only."""
+    """The run is in another state, or its engine's load went on.
+
+    `cause` of SUSPENDED and CANCELLING only.
+    """
 
     state: RunState
     load_progress: float | None = None

@@ -11,7 +11,7 @@ from edge_agent.core import Executor, SideEffect, Usage
 
 
 class Effect(enum.StrEnum):
-    """How far a call has come: committed as INTENDED before it starts.
+    """How far a call has come: INTENDED before it starts, committed where it acts once only.
 
     UNKNOWN: whoever executed it is gone, and nobody knows whether it acted.
     """

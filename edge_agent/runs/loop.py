@@ -308,7 +308,7 @@ class RunLoop:
 
     def _cancel_open_tools(self, error: RunError) -> None:
         if self.live.run.open_tool_calls and self.live.state is not RunState.CANCELLING:
-            self.live.move_to(RunState.CANCELLING)
+            self.live.emit(StateChanged(RunState.CANCELLING, cause=error))
             self._calls.cancel(error)
 
     async def _expire(self) -> None:

@@ -16,6 +16,13 @@ MAX_DEATHS = 2
 SEQUENCE_GAP = 1 << 20
 """Above the number of tokens that a step can have: its text deltas were shown and not written."""
 
+_SUSPENDS = ("HALTED", "HEARTBEAT_LAPSED")
+_ENDS = {
+    "CANCELLED_BY_CALLER": RunState.CANCELLED,
+    "CLIENT_DISCONNECTED": RunState.CANCELLED,
+    "RUN_TIMEOUT": RunState.EXPIRED,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
@@ -56,6 +63,8 @@ def _judge(left: Unfinished, calls: Sequence[CallRecord]) -> Verdict:
         return Verdict(RunState.SUSPENDED, run.error, left.deaths)
     if run.state is RunState.CANCELLING and run.open_tool_calls:
         return _outcome_unknown([call.id for call in run.open_tool_calls])
+    if run.state is RunState.CANCELLING and (ended := _stopped_for(run.error)) is not None:
+        return Verdict(ended, run.error, left.deaths)
     deaths = left.deaths + (left.running_step is not None)
     if deaths >= MAX_DEATHS:
         message = f"step {left.running_step} was running when {deaths} daemons died"
@@ -64,6 +73,13 @@ def _judge(left: Unfinished, calls: Sequence[CallRecord]) -> Verdict:
     if run.state is not RunState.CANCELLING and acts_nowhere(left.spec):
         return Verdict(RunState.QUEUED, None, deaths)
     return Verdict(RunState.SUSPENDED, restarted(), deaths)
+
+
+def _stopped_for(error: RunError | None) -> RunState | None:
+    """How a run ends that was stopped for this; None: it was to be suspended."""
+    if error is None or error.reason in _SUSPENDS:
+        return None
+    return _ENDS.get(error.reason, RunState.FAILED)
 
 
 def acts_nowhere(spec: RunSpec) -> bool:

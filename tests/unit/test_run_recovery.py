@@ -138,3 +138,21 @@ def test_a_call_whose_result_is_there_has_acted_whatever_its_record_says(is_erro
     verdict = judge(left(run, calls=(intended,)))
     assert [each.effect for each in verdict.calls] == [effect]
     assert verdict.state is RunState.SUSPENDED
+
+
+@pytest.mark.parametrize(
+    ("reason", "state"),
+    [
+        ("CANCELLED_BY_CALLER", RunState.CANCELLED),
+        ("RUN_TIMEOUT", RunState.EXPIRED),
+        ("TOOL_TIMEOUT", RunState.FAILED),
+        ("HALTED", RunState.SUSPENDED),
+    ],
+)
+def test_what_was_being_stopped_is_stopped_for_the_same_reason(reason, state):
+    error = RunError(reason, "stopped")
+    run = dataclasses.replace(RUN, state=RunState.CANCELLING, error=error)
+    verdict = judge(left(run, SideEffect.NONE))
+    assert verdict.state is state
+    assert verdict.error is not None
+    assert verdict.error.reason == (reason if state.ended else "DAEMON_RESTARTED")
