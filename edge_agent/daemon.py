@@ -19,7 +19,8 @@ from edge_agent import __version__, durable, memory_lock, paths
 from edge_agent.api.server import ApiServers
 from edge_agent.config import Config, load_config, needs_restart
 from edge_agent.engines.catalogue import Catalogue
-from edge_agent.errors import ConfigError, ManifestError
+from edge_agent.errors import ConfigError, LedgerFailed, ManifestError
+from edge_agent.ledger.absent import AbsentLedger
 from edge_agent.ledger.ledger import Ledger
 from edge_agent.notify import ServiceManager
 from edge_agent.observability import logging
@@ -167,7 +168,7 @@ class Daemon:
             tools_settings(config), status=self._device_status, on_change=self._set_limits
         )
         self._set_limits()
-        self._ledger = Ledger.open(state_dir, ledger_settings(config))
+        self._ledger = _open_ledger(state_dir, config)
         journal = LedgerJournal(self._ledger)
         self._runs = Runs(
             self._scheduler,
@@ -387,6 +388,15 @@ class Daemon:
             return "draining: no new runs"
         reasons = self._degraded_reasons()
         return f"degraded: {reasons[0].splitlines()[0]}" if reasons else "ready: accepting runs"
+
+
+def _open_ledger(state_dir: Path, config: Config) -> Ledger | AbsentLedger:
+    """The ledger; without one the daemon comes up all the same, and takes no durable runs."""
+    try:
+        return Ledger.open(state_dir, ledger_settings(config))
+    except LedgerFailed as error:
+        log.error("ledger_not_opened", error=error.message)
+        return AbsentLedger(error)
 
 
 def main(

@@ -101,7 +101,8 @@ class LedgerRecords:
 
     def step_started(self, run_id: str, step: int) -> None:
         """This step of a durable run begins."""
-        self._ledger.note(StepStarted(run_id, step))
+        # At once: a step that ends the daemon must have been counted by then.
+        self._ledger.enqueue(StepStarted(run_id, step), done=_whatever_came_of_it)
 
     def step(self, record: StepRecord) -> None:
         """Keep the record of a step."""
@@ -114,6 +115,10 @@ class LedgerRecords:
     async def intend(self, record: CallRecord) -> None:
         """Keep the record of a call that is about to start."""
         await self._ledger.commit(CallRecorded(record))
+
+
+def _whatever_came_of_it(_error: Exception | None) -> None:
+    """The run's next event fails likewise, and ends it."""
 
 
 class AcknowledgedRuns:

@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from edge_agent.v1 import run_service_pb2 as run_pb
+from edge_agent.v1 import system_service_pb2 as system_pb
 from edge_agent.v1 import types_pb2 as pb
 from tests.support.connection import (
     CALL_TIMEOUT_S,
@@ -349,3 +350,23 @@ def test_the_trace_of_a_run_survives_it(daemon):
     assert (call.tool, call.effect, call.result_class) == ("light_on", "DONE", "OK")
     assert call.result_bytes == len("the light is on")
     assert not call.HasField("body_json")
+
+
+def test_without_a_ledger_the_daemon_comes_up_and_takes_no_durable_runs(engine_store):
+    with running_daemon(engine_store, CONFIG, ready=False) as daemon:
+        daemon.wait_for("daemon_ready")
+        daemon.stop(signal.SIGKILL)
+        for kept in daemon.state_dir.glob("ledger*"):
+            kept.unlink()
+        (daemon.state_dir / "ledger.db").mkdir()
+        daemon.restart()
+        with connect(daemon) as client:
+            problem = refused(lambda: client.create(goal("What is 2 + 2?", durable=True)))
+            assert (problem.code, problem.reason) == (
+                grpc.StatusCode.UNAVAILABLE,
+                "LEDGER_FAILED",
+            )
+            run = client.create(goal("What is 2 + 2?", max_output_tokens=20))
+            assert client.end_of(run.id).state == run_pb.RUN_STATE_SUCCEEDED
+            status = client.system.GetStatus(system_pb.GetStatusRequest(), timeout=20)
+        assert any("no durable runs" in reason for reason in status.degraded_reasons)
