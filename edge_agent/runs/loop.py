@@ -123,9 +123,14 @@ class RunLoop:
     def stop(self, state: RunState, error: RunError) -> None:
         """End the run with this state and error, or suspend it. At once; the first one counts.
 
-        Open tool calls get CancelTool now, and a while to confirm.
+        Open tool calls get CancelTool now, and a while to confirm. An end outweighs a suspension
+        that waits for that.
         """
-        if self._ending is not None or self.live.state.ended:
+        if self.live.state.ended:
+            return
+        if self._ending is not None:
+            if self._ending[0] is RunState.SUSPENDED and state.ended:
+                self._ending = (state, error)
             return
         self._ending = (state, error)
         self._cancel_open_tools(error)
@@ -327,6 +332,7 @@ class RunLoop:
         if not parked:
             self._cancel_open_tools(error)
         unknown = await self._calls.confirmed()
+        state, error = self._ending
         if unknown:
             names = ", ".join(unknown)
             message = f"{error.message}; nobody confirmed what came of {names}"

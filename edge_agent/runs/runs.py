@@ -101,7 +101,6 @@ class Runs:
         self._active: dict[str, tuple[RunLoop, asyncio.Task[None]]] = {}
         self._accepted: set[str] = set()
         self._suspended: dict[str, asyncio.TimerHandle] = {}
-        self._cancelled_next: dict[str, RunError] = {}
         self._accepting = True
 
     def create(self, spec: RunSpec, *, client: str, request_id: str) -> Run:
@@ -160,7 +159,6 @@ class Runs:
     def forget(self, run_id: str) -> None:
         """Forget an accepted run that is not to begin after all."""
         self._accepted.discard(run_id)
-        self._cancelled_next.pop(run_id, None)
         self._store.forget(run_id)
 
     def adopt(
@@ -354,8 +352,6 @@ class Runs:
             if state is RunState.SUSPENDED:
                 self._stop_halted(loop, error)
                 continue
-            if loop.live.id not in self._suspended:  # it may be about to be suspended
-                self._cancelled_next[loop.live.id] = error
             self._stop(loop, state, error)
         return len(runs)
 
@@ -399,11 +395,8 @@ class Runs:
     def _left(self, run_id: str) -> None:
         """Nothing drives the run any more: it has ended, or is suspended."""
         loop, _task = self._active.pop(run_id)
-        cancelled = self._cancelled_next.pop(run_id, None)
         if loop.live.state is RunState.SUSPENDED:
             self._wait_suspended(loop)
-            if cancelled is not None:
-                self._stop(loop, RunState.CANCELLED, cancelled)
         else:
             self._store.ended(run_id)
 

@@ -438,6 +438,18 @@ class TestSuspension:
         run = play(scenario)
         assert (run.state, run.error.reason) == (RunState.CANCELLED, "CANCELLED_BY_CALLER")
 
+    def test_a_cancel_outweighs_a_suspension_that_waits_for_a_confirmation(self, play):
+        async def scenario(world):
+            run_id = world.start(GRIP, durable=True)
+            await world.decide(("grip", "{}"))
+            await world.runs.halt(HaltScope.ALL, "", "stop", "test")
+            world.runs.cancel(run_id, CANCEL)
+            world.runs.submit(run_id, [ToolResult("call-1", (), cancelled=True)])
+            return await world.end(run_id)
+
+        run = play(scenario)
+        assert (run.state, run.error.reason) == (RunState.CANCELLED, "CANCELLED_BY_CALLER")
+
     def test_nobody_resumes_it_for_ever(self, play):
         async def scenario(world):
             run_id = world.start(LOOK, durable=True)
