@@ -6,6 +6,7 @@ and the delivery of results. Decides nothing about steps.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import time
@@ -27,7 +28,7 @@ from edge_agent.core import (
     RunState,
     ToolResult,
 )
-from edge_agent.errors import FailedPrecondition, InvalidRequest
+from edge_agent.errors import FailedPrecondition, InvalidRequest, LedgerFailed, LedgerFull
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.ledger.changes import (
     CallRecorded,
@@ -288,7 +289,12 @@ class AcknowledgedRuns:
         return await self._runs.halt(scope, target, reason, client)
 
     async def clear_halt(self, halt_id: str) -> None:
-        """Lift a Halt; see `Halting.clear`."""
+        """Lift a Halt once it is on disk what it stopped; see `Halting.clear`.
+
+        Else a run that it stopped might go on after a crash, without anybody's leave.
+        """
+        with contextlib.suppress(LedgerFull, LedgerFailed):  # which keeps nobody halted
+            await self._ledger.commit()
         await self._runs.clear_halt(halt_id)
 
     def beat(self, client: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool) -> int:

@@ -1,597 +1,48 @@
 """Durable runs over any order of calls, results, Halts, slow disks, restarts, kills and time.
 
-The real owners of runs and the real ledger on real files. What was acknowledged or shown is there
-for ever, nothing that acts once starts twice, and nothing moves that a person has to let go first.
+The model is in `tests.support.durable_model`; it finds bugs that are planted.
 """
 
-import asyncio
-import dataclasses
 import shutil
-import tempfile
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from hypothesis import Phase, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import run_state_machine_as_test
 
-from edge_agent.core import (
-    DaemonToolStarted,
-    Event,
-    Halt,
-    HaltScope,
-    Message,
-    Role,
-    Run,
-    RunError,
-    RunFinished,
-    RunState,
-    SideEffect,
-    Snapshot,
-    TextDelta,
-    TextPart,
-    ToolCallsIssued,
-    ToolResult,
-)
-from edge_agent.errors import (
-    AlreadyExists,
-    DeadlineExceeded,
-    EdgeAgentError,
-    Halted,
-    Overloaded,
-    WorkerError,
-)
-from edge_agent.ledger.changes import ResultsAcked, StoredRun
-from edge_agent.records import CallRecord, LoggedText
+from edge_agent.core import Halt, HaltScope, Message, Run, RunState
+from edge_agent.ledger.changes import ResultsAcked
 from edge_agent.runs import recovery
-from edge_agent.runs.acknowledged import LedgerJournal, LedgerRecords
-from edge_agent.runs.halts import HaltLatch, covers_run, covers_tool
+from edge_agent.runs.acknowledged import LedgerJournal
+from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
 from tests.support.chaos import histories
-from tests.support.durable_life import (
-    CONFIRM_S,
-    RUN_TIMEOUT_S,
-    SUSPENDED_S,
-    TOOL_TIMEOUT_S,
-    TOOLS,
-    TOOLS_OF_AGENT,
-    Life,
-    Parts,
-    World,
-    arguments,
-    wanted,
-)
-from tests.support.scripted_engine import Step, result
-
-CLIENTS = ("arm", "base")
-MAX_ACTIVE = 4
-CANCEL = RunError("CANCELLED_BY_CALLER", "cancelled by a test")
-NOW = Message(Role.USER, (TextPart("The door is open now."),))
-HALTS = st.sampled_from(
-    [
-        (HaltScope.ALL, ""),
-        (HaltScope.CLIENT, "arm"),
-        (HaltScope.AGENT, "watcher"),
-        (HaltScope.TOOL, "mail"),
-        (HaltScope.TOOL, "look"),
-    ]
-)
-T = TypeVar("T")
-Task = asyncio.Task[Any]
-Work = Coroutine[Any, Any, Any]
-Key = tuple[str, str]
-
-
-class DurableRuns(RuleBasedStateMachine):
-    """What callers, engine, tools, people, the disk and the power supply do."""
-
-    parts = Parts()
-
-    @initialize()
-    def begin(self) -> None:
-        self.world = World()
-        self.known: dict[str, Run] = {}
-        self.seen: dict[str, list[Event]] = {}
-        self.requests: dict[Key, tuple[str, str]] = {}
-        self.others: dict[Key, set[str]] = {}
-        self.acked: set[str] = set()
-        self.numbers: dict[str, int] = {}
-        self.latched: list[Halt] = []
-        self.asleep: set[str] = set()
-        self.decided = 0
-        directory = Path(tempfile.mkdtemp(dir="/dev/shm"))
-        self.live(directory)
-
-    def teardown(self) -> None:
-        """Whatever has happened, every run ends once nobody cares for it."""
-        if not hasattr(self, "life"):
-            return
-        try:
-            self.life.let_go()
-            for seconds in (RUN_TIMEOUT_S, TOOL_TIMEOUT_S, CONFIRM_S, SUSPENDED_S):
-                self.settle(seconds + 1)
-            assert [run.id for run in self.known.values() if not run.state.ended] == []
-            self.restart()
-        finally:
-            shutil.rmtree(self.life.die(written=True))
-
-    def live(self, directory: Path) -> None:
-        """Another life begins: who watches goes on, and nothing moves by itself that acts."""
-        self.life = Life(directory, self.world, self.parts)
-        self.asked: list[tuple[Task, Callable[[Task], None]]] = []
-        self.watching: dict[str, Task] = {}
-        self.steps_seen = 0
-        self.others = {}
-        left = self.life.loop.do(self.life.ledger.unfinished())
-        self.looked_at = {stored.run.id: stored.run.sequence for stored in left}
-        self.asleep |= {stored.run.id for stored in left if not may_go_on(stored)}
-        latched = {halt.id for halt in self.life.runs.halts()}
-        assert latched == {halt.id for halt in self.latched}
-        self.life.recover()
-        page, _ = self.life.loop.do(
-            self.life.owner.list(states=frozenset(), page_size=1000, page_token="")
-        )
-        for run in reversed(page):  # one may have been kept of which its caller was not told
-            self.showed(self.life.loop.do(self.life.owner.get(run.id)))
-        self.settle()
-
-    # --- calls, and what comes of them ---
-
-    def ask(self, work: Work, told: Callable[[Task], None]) -> None:
-        """Call the daemon; it answers now, or once the disk does."""
-        self.asked.append((self.life.loop.create_task(work), told))
-        self.settle()
-
-    def settle(self, seconds: float = 0.0) -> None:
-        self.life.settle(seconds)
-        for task, told in [each for each in self.asked if each[0].done()]:
-            self.asked.remove((task, told))
-            told(task)
-        assert self.life.held or not self.asked, "a call that is never answered"
-        self.watch()
-        self.check()
-
-    def showed(self, run: Run) -> None:
-        """Somebody was told that a durable run stands so."""
-        before = self.known.get(run.id)
-        self.known[run.id] = run
-        if before is None:
-            self.seen.setdefault(run.id, [])
-            if run.request_id:
-                self.requests.setdefault((run.client, run.request_id), (run.id, ""))
-            return
-        assert (run.client, run.request_id, run.agent, run.created_at_s) == (
-            before.client,
-            before.request_id,
-            before.agent,
-            before.created_at_s,
-        )
-        assert run.sequence >= before.sequence
-        assert run.steps >= before.steps
-        assert is_within(before.transcript, run.transcript)
-        if before.state.ended:
-            assert bare(run) == bare(before)
-
-    def watch(self) -> None:
-        """Somebody follows every run, and goes on after a restart where it was."""
-        for run_id in self.known:
-            if run_id not in self.watching:
-                self.watching[run_id] = self.life.loop.create_task(self.follow(run_id))
-        self.life.loop.settle()
-        for task in self.watching.values():
-            if task.done():
-                task.result()
-
-    async def follow(self, run_id: str) -> None:
-        seen = self.seen[run_id]
-        last = seen[-1].sequence if seen else 0
-        try:
-            async for event in self.life.owner.watch(run_id, last):
-                if isinstance(event.body, Snapshot):
-                    self.showed(event.body.run)
-                    continue
-                assert event.sequence > last
-                last = event.sequence
-                seen.append(event)
-        except EdgeAgentError as error:
-            raise AssertionError(f"what was shown of {run_id} is not there: {error}") from error
-
-    # --- what callers do ---
-
-    @rule(
-        client=st.sampled_from(CLIENTS),
-        agent=st.sampled_from(sorted(TOOLS_OF_AGENT)),
-        durable=st.sampled_from([True, True, True, False]),
-        request_id=st.sampled_from(["", "r1", "r2"]),
-        text=st.sampled_from(["fetch", "carry"]),
-    )
-    def create(self, client: str, agent: str, durable: bool, request_id: str, text: str) -> None:  # noqa: FBT001
-        if len(list(self.life.driven())) + len(self.asked) >= MAX_ACTIVE:
-            return
-        covered = self.covering(client, agent) is not None
-        key, body = (client, request_id), f"{text} {agent} {durable}"
-        if request_id:
-            self.others.setdefault(key, set()).add(body)
-
-        def told(task: Task) -> None:
-            try:
-                run = task.result()
-            except Halted:
-                assert covered
-            except AlreadyExists:
-                self.was_another_request(key, body)
-            else:
-                assert run.durable == durable
-                if durable:
-                    self.was_made(run, key, body)
-
-        spec = wanted(text, agent, durable=durable)
-        self.ask(self.life.owner.create(spec, client=client, request_id=request_id), told)
-
-    def was_made(self, run: Run, key: Key, body: str) -> None:
-        self.showed(run)
-        if key[1]:
-            run_id, its_body = self.requests.get(key, (run.id, ""))
-            assert run.id == run_id
-            assert its_body in ("", body)
-            self.requests[key] = (run_id, body)
-
-    def was_another_request(self, key: Key, body: str) -> None:
-        its_body = self.requests.get(key, ("", ""))[1]
-        others = self.others[key] - {body}
-        assert its_body != body or others, "the same request, refused as another"
-
-    @precondition(lambda self: self.alive())
-    @rule(
-        data=st.data(),
-        which=st.sampled_from(["open", "open", "any"]),
-        kind=st.sampled_from([{}, {"is_error": True}, {"cancelled": True}]),
-    )
-    def submit(self, data: st.DataObject, which: str, kind: dict[str, Any]) -> None:
-        run = self.standing(one_of(data, self.alive()))
-        is_open = [call.id for call in run.open_tool_calls]
-        calls = is_open if which == "open" and is_open else ["call-1", "call-2", "call-99"]
-        call_id = data.draw(st.sampled_from(calls))
-
-        def told(task: Task) -> None:
-            try:
-                after = task.result()
-            except EdgeAgentError:
-                assert call_id not in is_open
-            else:
-                assert call_id in is_open
-                self.showed(after)
-                assert call_id in {turn.tool_call_id for turn in after.transcript}
-
-        self.ask(self.life.owner.submit(run.id, [result(call_id, **kind)]), told)
-
-    @precondition(lambda self: self.alive())
-    @rule(data=st.data(), approved=st.booleans())
-    def decide_on_a_call(self, data: st.DataObject, approved: bool) -> None:  # noqa: FBT001
-        run = self.standing(one_of(data, self.alive()))
-        waiting = [call.id for call in run.unapproved_tool_calls]
-        call_id = data.draw(st.sampled_from(waiting or ["call-1"]))
-        work = self.life.owner.decide(
-            run.id, call_id, approved=approved, client="boss", reason="so be it"
-        )
-        self.ask(work, lambda task: self.accepted_if(task, expected=bool(waiting)))
-
-    def accepted_if(self, task: Task, *, expected: bool) -> None:
-        try:
-            self.showed(task.result())
-        except EdgeAgentError:
-            assert not expected
-        else:
-            assert expected
-
-    @precondition(lambda self: self.known)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        run_id = one_of(data, list(self.known))
-
-        def told(task: Task) -> None:
-            self.showed(task.result())
-
-        self.ask(self.life.owner.cancel(run_id, CANCEL), told)
-
-    @precondition(lambda self: self.alive())
-    @rule(data=st.data(), says=st.booleans())
-    def resume(self, data: st.DataObject, says: bool) -> None:  # noqa: FBT001
-        run = self.standing(one_of(data, self.alive()))
-        covered = self.covering(run.client, run.agent) is not None
-        acting = [c for c in run.open_tool_calls if TOOLS[c.name].side_effect != SideEffect.NONE]
-        expected = run.state is RunState.SUSPENDED and not covered and not acting
-        if expected:
-            self.asleep.discard(run.id)
-        messages = (NOW,) if says else ()
-        work = self.life.owner.resume(run.id, messages, run.client)
-        self.ask(work, lambda task: self.accepted_if(task, expected=expected))
-
-    @precondition(lambda self: self.known)
-    @rule(client=st.sampled_from(CLIENTS), upto=st.integers(1, 3))
-    def fetch_results(self, client: str, upto: int) -> None:
-        """Take some of what is delivered, and acknowledge it where the disk lets one."""
-        work = self.life.owner.wait_results(client, 0, upto, 0.0)
-        delivered = self.life.loop.do(work)
-        self.delivered(delivered)
-        if delivered and not self.life.held:
-            last = delivered[-1].result_number
-            assert last is not None
-            self.life.loop.do(self.life.owner.ack_results(client, last))
-            self.acked |= {run.id for run in delivered}
-            self.settle()
-
-    def delivered(self, runs: Iterable[Run]) -> None:
-        last = 0
-        for run in runs:
-            assert run.durable
-            assert run.state.ended
-            assert run.id not in self.acked
-            assert run.result_number is not None
-            assert run.result_number > last
-            last = run.result_number
-            assert self.numbers.setdefault(run.id, last) == last
-            self.showed(run)
-
-    # --- what engine and tools do ---
-
-    @precondition(lambda self: self.life.steps())
-    @rule(data=st.data(), pieces=st.integers(1, 3))
-    def say(self, data: st.DataObject, pieces: int) -> None:
-        self.step(data).say(*["word "] * pieces)
-        self.settle()
-
-    @precondition(lambda self: self.life.steps())
-    @rule(data=st.data(), count=st.integers(1, 3))
-    def decide_on_calls(self, data: st.DataObject, count: int) -> None:
-        step = self.step(data)
-        if step.request.answer_only:
-            step.answer("Done")
-        else:
-            names = st.sampled_from([tool.name for tool in step.request.tools])
-            calls = []
-            for _ in range(count):
-                self.decided += 1
-                calls.append((data.draw(names), arguments(step.origin.run_id, self.decided)))
-            step.call(*calls)
-        self.settle()
-
-    @precondition(lambda self: self.life.steps())
-    @rule(data=st.data(), fails=st.sampled_from([False, False, True]))
-    def answer(self, data: st.DataObject, fails: bool) -> None:  # noqa: FBT001
-        step = self.step(data)
-        if fails:
-            step.fail(WorkerError("it ended"))
-        else:
-            step.answer("Done")
-        self.settle()
-
-    def step(self, data: st.DataObject) -> Step:
-        step = one_of(data, self.life.steps())
-        self.life.begin(step)
-        return step
-
-    @precondition(lambda self: self.life.tools.open())
-    @rule(data=st.data(), came=st.sampled_from(["ok", "ok", "error", "late", "refused"]))
-    def end_a_call_of_the_daemons_own(self, data: st.DataObject, came: str) -> None:
-        call, outcome = one_of(data, self.life.tools.open())
-        if came == "late":
-            outcome.set_exception(DeadlineExceeded("too late", reason="TOOL_TIMEOUT"))
-        elif came == "refused":
-            outcome.set_exception(Overloaded("60 a minute", reason="TOOL_RATE_LIMITED"))
-        else:
-            outcome.set_result(ToolResult(call.id, (TextPart(came),), is_error=came == "error"))
-        self.settle()
-
-    # --- what people do ---
-
-    @precondition(lambda self: self.known)
-    @rule(halt=HALTS)
-    def halt(self, halt: tuple[HaltScope, str]) -> None:
-        work = self.life.owner.halt(*halt, "a person", "operator")
-        outcome = self.life.loop.do(work)
-        assert outcome.recorded
-        self.latched.append(outcome.halt)
-        for live in self.life.driven():
-            if live.run.durable and covers_run(outcome.halt, live.run.client, live.run.agent):
-                self.asleep.add(live.id)
-        self.settle()
-
-    @precondition(lambda self: self.latched)
-    @rule(data=st.data())
-    def clear(self, data: st.DataObject) -> None:
-        halt = one_of(data, self.latched)
-
-        def told(task: Task) -> None:
-            task.result()
-            self.latched.remove(halt)
-
-        self.ask(self.life.owner.clear_halt(halt.id), told)
-
-    # --- what happens to the daemon ---
-
-    @precondition(lambda self: self.known and not self.life.held)
-    @rule()
-    def the_disk_is_slow(self) -> None:
-        self.life.hold()
-
-    @precondition(lambda self: self.life.held)
-    @rule()
-    def the_disk_is_fast_again(self) -> None:
-        self.life.let_go()
-        self.settle()
-
-    @rule(seconds=st.sampled_from([1.0, CONFIRM_S + 1, TOOL_TIMEOUT_S + 1, RUN_TIMEOUT_S + 1]))
-    def wait(self, seconds: float) -> None:
-        self.settle(seconds)
-        self.settle()
-
-    @precondition(lambda self: self.known)
-    @rule()
-    def restart(self) -> None:
-        self.life.drain()
-        self.settle()
-        self.life.let_go()
-        for seconds in (0.0, CONFIRM_S + 2):
-            self.settle(seconds)
-        self.live(self.life.close())
-
-    @precondition(lambda self: self.known)
-    @rule(written=st.booleans())
-    def crash(self, written: bool) -> None:  # noqa: FBT001
-        self.live(self.life.die(written=written))
-
-    # --- what always holds ---
-
-    @invariant()
-    def check(self) -> None:
-        if not hasattr(self, "life"):
-            return
-        self.nothing_moves_that_may_not()
-        self.nothing_starts_twice()
-        self.everything_shown_is_on_disk()
-        if not self.life.held:
-            self.memory_and_disk_agree()
-            self.every_run_goes_on_or_waits_for_somebody()
-            for client in CLIENTS:
-                self.results_wait_until_they_are_acknowledged(client)
-
-    def nothing_moves_that_may_not(self) -> None:
-        for step in self.life.engines.steps[self.steps_seen :]:
-            assert step.origin.run_id not in self.asleep
-        self.steps_seen = len(self.life.engines.steps)
-        for live in tuple(self.life.in_memory()):
-            after = self.looked_at.get(live.id, 0)
-            for event in self.life.emitted(live.id, after):
-                self.looked_at[live.id] = event.sequence
-                for name in called(event):
-                    assert live.id not in self.asleep
-                    assert self.covering(live.run.client, live.run.agent) is None
-                    assert not any(covers_tool(halt, name) for halt in self.latched)
-
-    def nothing_starts_twice(self) -> None:
-        for (name, _), times in self.world.started.items():
-            assert times == 1 or TOOLS[name].side_effect is not SideEffect.NON_IDEMPOTENT
-
-    def everything_shown_is_on_disk(self) -> None:
-        for run_id, seen in self.seen.items():
-            stored = self.life.loop.do(self.life.ledger.find(run_id))
-            assert stored is not None, f"acknowledged and lost: {run_id}"
-            assert_shown_of(stored, seen)
-
-    def memory_and_disk_agree(self) -> None:
-        for run_id in self.known:
-            run = self.life.loop.do(self.life.owner.get(run_id))
-            self.showed(run)
-            kept = self.life.loop.do(self.life.reader.get(run_id))
-            assert kept.sequence <= run.sequence
-            # What is being written is not on disk, and neither are numbers that nothing has yet.
-            kept = dataclasses.replace(kept, partial_text=run.partial_text, sequence=run.sequence)
-            assert bare(kept) == bare(run)
-
-    def every_run_goes_on_or_waits_for_somebody(self) -> None:
-        at_work = {step.origin.run_id for step in self.life.steps()}
-        acting = {call.arguments_json for call, _ in self.life.tools.open()}
-        for run in self.known.values():
-            if run.state.ended:
-                assert (run.error is None) == (run.state is RunState.SUCCEEDED)
-                assert run.open_tool_calls == run.daemon_tool_calls == ()
-            elif run.state is RunState.SUSPENDED:
-                assert run.error is not None
-                assert run.error.reason
-            else:
-                own = [c for c in run.daemon_tool_calls if c.arguments_json in acting]
-                waits = run.open_tool_calls or run.unapproved_tool_calls or own
-                assert waits or run.id in at_work
-
-    def results_wait_until_they_are_acknowledged(self, client: str) -> None:
-        found = self.life.loop.do(self.life.owner.wait_results(client, 0, 1000, 0.0))
-        self.delivered(found)
-        ended = {r.id for r in self.known.values() if r.state.ended and r.client == client}
-        assert {run.id for run in found} == ended - self.acked
-
-    # --- inside ---
-
-    def alive(self) -> list[str]:
-        return [run_id for run_id, run in self.known.items() if not run.state.ended]
-
-    def standing(self, run_id: str) -> Run:
-        """The run as it stands in memory, also where that is not on disk yet."""
-        return next(live.run for live in self.life.in_memory() if live.id == run_id)
-
-    def covering(self, client: str, agent: str) -> Halt | None:
-        return next((halt for halt in self.latched if covers_run(halt, client, agent)), None)
-
-
-def one_of(data: st.DataObject, among: Sequence[T]) -> T:
-    """One of these, drawn by its place: ids differ from time to time."""
-    return among[data.draw(st.integers(0, len(among) - 1))]
-
-
-def bare(run: Run) -> Run:
-    """Without what only the ledger knows."""
-    return dataclasses.replace(run, result_number=None)
-
-
-def may_go_on(stored: StoredRun) -> bool:
-    """Whether a run may go on after a restart without anybody's leave."""
-    harmless = {tool.side_effect for tool in stored.spec.tools} == {SideEffect.NONE}
-    return harmless and stored.run.state is not RunState.SUSPENDED
-
-
-def called(event: Event) -> list[str]:
-    """The tools that begin to act by this event."""
-    match event.body:
-        case ToolCallsIssued(tool_calls=calls):
-            return [call.name for call in calls]
-        case DaemonToolStarted(tool_call=call):
-            return [call.name]
-    return []
-
-
-def is_within(part: tuple[Message, ...], whole: tuple[Message, ...]) -> bool:
-    """Whether all of `part` is in `whole`, in this order."""
-    rest = iter(whole)
-    return all(any(turn == other for other in rest) for turn in part)
-
-
-def assert_shown_of(stored: StoredRun, seen: list[Event]) -> None:
-    """What somebody has seen of a run is what is on disk up to there, but for a text's end."""
-    if not seen:
-        return
-    last = seen[-1].sequence
-    texts = [item for item in stored.events if isinstance(item, LoggedText)]
-    kept = [item for item in stored.events if isinstance(item, Event) and item.sequence <= last]
-    told = [event for event in seen if not isinstance(event.body, TextDelta)]
-    assert [plain(event) for event in told] == [plain(event) for event in kept]
-    for text in texts:
-        upto = text.first + len(text.ends)
-        within = [e for e in seen if text.first <= e.sequence < upto]
-        said = "".join(e.body.text for e in within if isinstance(e.body, TextDelta))
-        assert text.text.startswith(said)
-        if within:
-            assert len(said) == text.ends[within[-1].sequence - text.first]
-
-
-def plain(event: Event) -> Event:
-    """The last event is kept without the transcript, which follows from the others."""
-    if isinstance(event.body, RunFinished):
-        ended = dataclasses.replace(bare(event.body.run), transcript=())
-        return dataclasses.replace(event, body=RunFinished(ended))
-    return event
+from tests.support.durable_life import Life, Parts, World, wanted
+from tests.support.durable_model import DurableRuns
 
 
 def test_no_history_takes_back_what_was_shown_or_does_it_twice():
     run_state_machine_as_test(DurableRuns, settings=histories(60, 30))
+
+
+def test_a_run_that_a_halt_stopped_waits_for_somebody_also_where_the_disk_was_slow(tmp_path: Path):
+    directory = tmp_path / "life"
+    directory.mkdir()
+    life = Life(directory, World(), Parts())
+    spec = wanted("look", "watcher", durable=True)
+    run = life.loop.do(life.owner.create(spec, client="arm", request_id=""))
+    life.settle()
+    life.hold()
+    outcome = life.loop.do(life.owner.halt(HaltScope.ALL, "", "stop", "operator"))
+    life.loop.create_task(life.owner.clear_halt(outcome.halt.id))
+    life.settle()
+    life = Life(life.die(written=False), World(), Parts())
+    life.recover()
+    life.settle()
+    assert life.loop.do(life.owner.get(run.id)).state is RunState.SUSPENDED
+    shutil.rmtree(life.die(written=True))
 
 
 # --- the model finds bugs: each of these was planted ---
@@ -603,13 +54,6 @@ class SaysItFirst(LedgerJournal):
     def write(self, run: Any, events: Any, done: Callable[[Exception | None], None]) -> None:
         super().write(run, events, lambda _error: None)
         done(None)
-
-
-class IntendsLater(LedgerRecords):
-    """A planted bug: a call that acts starts before that is on disk."""
-
-    async def intend(self, record: CallRecord) -> None:
-        self.call(record)
 
 
 class NoLatch(HaltLatch):
@@ -650,22 +94,16 @@ def notice(machine: type[DurableRuns]) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [{"journal": SaysItFirst}, {"records": IntendsLater}, {"runs": DeafRuns}],
-    ids=lambda parts: next(iter(parts.values())).__name__,
-)
-def test_the_model_notices_a_planted_bug(parts: dict[str, Any]):
-    notice(planted(**parts))
+def test_the_model_notices_what_is_shown_before_it_is_on_disk():
+    notice(planted(journal=SaysItFirst))
+
+
+def test_the_model_notices_a_resume_that_a_halt_does_not_stop():
+    notice(planted(runs=DeafRuns))
 
 
 def test_the_model_notices_events_that_are_numbered_anew(monkeypatch):
     monkeypatch.setattr(recovery, "SEQUENCE_GAP", 0)
-    notice(DurableRuns)
-
-
-def test_the_model_notices_a_call_that_starts_twice(monkeypatch):
-    monkeypatch.setattr(recovery, "_settled", lambda call, _run: call)
     notice(DurableRuns)
 
 
