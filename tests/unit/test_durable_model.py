@@ -19,7 +19,7 @@ from edge_agent.runs.acknowledged import LedgerJournal
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
 from tests.support.chaos import histories
-from tests.support.durable_life import Life, Parts, World, wanted
+from tests.support.durable_life import Life, Parts, World, arguments, wanted
 from tests.support.durable_model import DurableRuns
 
 
@@ -115,3 +115,21 @@ def test_the_model_notices_a_run_that_acts_and_goes_on_by_itself(monkeypatch):
 def test_the_model_notices_results_that_are_delivered_again(monkeypatch):
     monkeypatch.setattr(ResultsAcked, "apply", lambda _self, _book: None)
     notice(DurableRuns)
+
+
+def test_the_model_notices_a_call_that_starts_twice(monkeypatch):
+    """Led to it by hand: a history found at random takes minutes."""
+    monkeypatch.setattr(recovery, "_settled", lambda call, _run: call)
+    model = DurableRuns()
+    model.begin()
+    model.create(client="arm", agent="worker", durable=True, request_id="", text="fetch")
+    (step,) = model.life.steps()
+    model.life.begin(step)
+    step.call(("mail", arguments(step.origin.run_id, 1)))
+    model.settle()
+    model.crash(written=True)
+    model.asleep.clear()
+    resumed = model.life.owner.resume(step.origin.run_id, (), "arm")
+    with pytest.raises(AssertionError):
+        model.ask(resumed, lambda _task: model.nothing_starts_twice())
+    shutil.rmtree(model.life.die(written=True))
