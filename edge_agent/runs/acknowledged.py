@@ -341,9 +341,10 @@ class AcknowledgedRuns:
                 reason="RUN_ENDED",
                 metadata={"run_id": run_id, "state": run.state},
             )
+        live = self._runs.live(run_id)  # held: memory may drop what ends while it is written
         act()
-        await self._runs.live(run_id).settled()
-        return self._runs.live(run_id).snapshot()
+        await live.settled()
+        return live.snapshot()
 
     async def _find(self, run_id: str) -> LiveRun:
         if self._runs.has(run_id):

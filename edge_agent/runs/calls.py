@@ -271,7 +271,7 @@ class ToolCalls:
         once = self.tool(call.name).side_effect is SideEffect.NON_IDEMPOTENT
         record = self._recorder.intended(step, call)
         if once:
-            await self._records.intend(record)
+            await self._intend(record, call)
         else:
             self._records.call(record)
         self._live.emit(DaemonToolStarted(step, call))
@@ -293,6 +293,15 @@ class ToolCalls:
             return
         self.observed_s = time.monotonic()
         self._accept(result)
+
+    async def _intend(self, record: CallRecord, call: ToolCall) -> None:
+        """Have it on disk that the call is about to be made; one that then is not, is known not."""
+        try:
+            await self._records.intend(record)
+        except asyncio.CancelledError:
+            never = ToolResult(call.id, (), cancelled=True)
+            self._records.call(self._recorder.ended(record, call, never))
+            raise
 
     async def _call_own(self, call: ToolCall) -> ToolResult:
         if self._daemon_tools is None:

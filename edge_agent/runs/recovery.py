@@ -60,7 +60,13 @@ def _judge(left: Unfinished, calls: Sequence[CallRecord]) -> Verdict:
     if unknown := [call.call_id for call in calls if call.effect is Effect.UNKNOWN]:
         return _outcome_unknown(unknown)
     if run.state is RunState.SUSPENDED:  # before the daemon ended, so it did not die of this run
-        return Verdict(RunState.SUSPENDED, run.error, left.deaths)
+        stopping = run.error is not None and run.error.reason == "DAEMON_STOPPING"
+        goes_on = stopping and acts_nowhere(left.spec)
+        return Verdict(
+            RunState.QUEUED if goes_on else RunState.SUSPENDED,
+            None if goes_on else run.error,
+            left.deaths,
+        )
     if run.state is RunState.CANCELLING and run.open_tool_calls:
         return _outcome_unknown([call.id for call in run.open_tool_calls])
     if run.state is RunState.CANCELLING and (ended := _stopped_for(run.error)) is not None:

@@ -539,7 +539,9 @@ def one_of(data: st.DataObject, among: Sequence[T]) -> T:
 def may_go_on(stored: StoredRun) -> bool:
     """Whether a run may go on after a restart without anybody's leave."""
     harmless = {tool.side_effect for tool in stored.spec.tools} == {SideEffect.NONE}
-    return harmless and stored.run.state is not RunState.SUSPENDED
+    error = stored.run.error
+    stopped = error is not None and error.reason == "DAEMON_STOPPING"
+    return harmless and (stopped or stored.run.state is not RunState.SUSPENDED)
 
 
 def called(event: Event) -> list[str]:

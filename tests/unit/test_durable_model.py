@@ -18,13 +18,14 @@ from edge_agent.runs import recovery
 from edge_agent.runs.acknowledged import LedgerJournal
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
-from tests.support.chaos import histories
+from tests.support.chaos import TIMES, histories
 from tests.support.durable_life import Life, Parts, World, arguments, wanted
 from tests.support.durable_model import DurableRuns
 
 
 def test_no_history_takes_back_what_was_shown_or_does_it_twice():
-    run_state_machine_as_test(DurableRuns, settings=histories(60, 30))
+    chosen = settings(histories(40, 30), derandomize=TIMES == 1)  # `make chaos` looks elsewhere
+    run_state_machine_as_test(DurableRuns, settings=chosen)
 
 
 def test_a_run_that_a_halt_stopped_waits_for_somebody_also_where_the_disk_was_slow(tmp_path: Path):

@@ -72,6 +72,7 @@ class KeptRecords:
         self.steps: list[StepRecord] = []
         self.calls: list[CallRecord] = []
         self.broken = False
+        self.slow = False
 
     def step_started(self, run_id: str, step: int) -> None:
         pass
@@ -83,6 +84,8 @@ class KeptRecords:
         self.calls.append(record)
 
     async def intend(self, record: CallRecord) -> None:
+        if self.slow:
+            await asyncio.Event().wait()
         if self.broken:
             raise Overloaded("the disk is full", reason="LEDGER_FULL")
         self.calls.append(record)
@@ -228,6 +231,18 @@ class TestDaemonTools:
 
         run, calls = play(scenario)
         assert (run.state, run.error.reason, calls) == (RunState.FAILED, "LEDGER_FULL", [])
+
+    def test_a_call_that_is_cancelled_before_it_began_is_known_not_to_have_acted(self, play):
+        async def scenario(world):
+            world.records.slow = True
+            run_id = world.start(MAIL)
+            await world.decide(("mail", "{}"))
+            world.runs.cancel(run_id, CANCEL)
+            return await world.end(run_id), world.tools.calls, world.records.of("call-1")
+
+        run, calls, records = play(scenario)
+        assert (run.state, calls) == (RunState.CANCELLED, [])
+        assert records == [(Effect.FAILED, ResultClass.CANCELLED)]
 
     def test_what_acts_once_and_gives_no_result_leaves_the_outcome_unknown(self, play):
         async def scenario(world):

@@ -156,3 +156,13 @@ def test_what_was_being_stopped_is_stopped_for_the_same_reason(reason, state):
     assert verdict.state is state
     assert verdict.error is not None
     assert verdict.error.reason == (reason if state.ended else "DAEMON_RESTARTED")
+
+
+@pytest.mark.parametrize(
+    ("effect", "state"),
+    [(SideEffect.NONE, RunState.QUEUED), (SideEffect.IDEMPOTENT, RunState.SUSPENDED)],
+)
+def test_what_a_stopping_daemon_left_goes_on_where_it_can_do_no_harm(effect, state):
+    error = RunError("DAEMON_STOPPING", "the daemon is stopping")
+    run = dataclasses.replace(RUN, state=RunState.SUSPENDED, error=error)
+    assert judge(left(run, effect)).state is state
