@@ -148,7 +148,7 @@ def test_a_planted_bug_is_found(runtime_dir, monkeypatch, planted, method, code)
 def test_a_request_that_is_right_is_among_them():
     seen = []
 
-    @SHORT
+    @settings(SHORT, max_examples=10 * EXAMPLES)
     @given(requests("/edge_agent.v1.RunService/CreateRun"))
     def look(messages):
         (message,) = messages
