@@ -111,7 +111,6 @@ def ledger_settings(config: Config) -> LedgerSettings:
         max_bytes=ledger.max_size_bytes,
         retention_s=ledger.retention_s,
         ballast_bytes=ledger.ballast_bytes or 0,
-        bodies=ledger.bodies,
     )
 
 

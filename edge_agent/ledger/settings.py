@@ -1,7 +1,6 @@
 """What the configuration says about the ledger."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -9,10 +8,9 @@ class LedgerSettings:
     """Bounds of the file, and how long ended runs stay in it.
 
     `max_bytes` caps the file without its write-ahead log. `ballast_bytes` are kept on the disk to
-    be given up when it is full; 0 keeps none. `bodies` is for whoever writes records.
+    be given up when it is full; 0 keeps none.
     """
 
     max_bytes: int
     retention_s: float
     ballast_bytes: int
-    bodies: Literal["off", "errors", "all"] = "off"
