@@ -173,15 +173,13 @@ class Planner:
         actions: list[Action] = [
             Refuse(step, _too_late(step, now_s)) for step in self.state.expired(now_s)
         ]
-        changed = True
-        while changed:
+        resumed = True
+        while resumed:
             actions += self._room.relieve()
             while found := list(self._serve_all(now_s)):
                 actions += found  # a start moves its client's turn in all engines
-            found = list(self._room.make_way(now_s))
-            actions += found
-            changed = bool(found) or self._room.resumed
-            self._room.resumed = False
+            actions += self._room.make_way(now_s)
+            resumed, self._room.resumed = self._room.resumed, False
         return actions
 
     def wake_s(self) -> float | None:
@@ -193,9 +191,8 @@ class Planner:
         state = self.state
         for step in state.satisfied():
             yield Ready(step)
-        for name in list(state.queue.engines()):
-            resident = state.residents.get(name)
-            if resident is not None and resident.state is EngineState.READY:
+        for resident in state.residents.values():
+            if resident.state is EngineState.READY:
                 yield from self._serve(resident, now_s)
 
     def _serve(self, resident: Resident, now_s: float) -> Iterator[Action]:

@@ -51,34 +51,26 @@ class _Flow:
     tag_s: float
     weight: float = 0.0
     waiting: int = 0
+    lanes: "dict[str, _Lane]" = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Lane:
     """What waits of one flow for one engine, the earliest deadline first; never empty.
 
-    `order` is the arrival number of the step that opened it: between flows whose turn comes at the
-    same time, whoever has waited for longer goes first.
+    `key` is its flow's turn and the arrival number of the step that opened it: between flows whose
+    turn comes at the same time, whoever has waited for longer goes first.
     """
 
     flow: _Flow
-    order: int
-    offset_s: float
+    key: Key
     entries: list[_Entry] = field(default_factory=list)
-
-    @property
-    def key_s(self) -> float:
-        return self.flow.tag_s + self.offset_s
-
-    @property
-    def key(self) -> Key:
-        return self.key_s, self.order
 
     def first_but_probes(self) -> QueuedStep | None:
         return next((step for _, _, step in self.entries if not step.probe), None)
 
 
-_key_of = operator.attrgetter("key_s", "order")
+_key_of = operator.attrgetter("key")
 
 
 class StepQueue:
@@ -124,9 +116,11 @@ class StepQueue:
             self._weigh(flow)
         flow.waiting += 1
         self._counts[step.engine] = self._counts.get(step.engine, 0) + 1
-        lanes = self._lanes.setdefault(step.engine, {})
-        offset_s = OFFSETS_S[step.priority]
-        lane = lanes.setdefault((step.client, step.priority), _Lane(flow, self._arrivals, offset_s))
+        lane = flow.lanes.get(step.engine)
+        if lane is None:
+            key = flow.tag_s + OFFSETS_S[step.priority], self._arrivals
+            lane = flow.lanes[step.engine] = _Lane(flow, key)
+            self._lanes.setdefault(step.engine, {})[step.client, step.priority] = lane
         bisect.insort(lane.entries, entry)
         head = self._heads.get(step.engine)
         if head is None or lane.key <= head[0]:
@@ -158,8 +152,8 @@ class StepQueue:
 
     def take(self, step: QueuedStep, cost_s: float) -> Key:
         """Start a step: its flow's next turn comes `cost_s` of service later. Returns its key."""
-        flow_id = step.client, step.priority
-        flow, key = self._flows[flow_id], self._lanes[step.engine][flow_id].key
+        flow = self._flows[step.client, step.priority]
+        key = flow.lanes[step.engine].key
         if step.id not in self._paid:
             cost_s = max(cost_s, _LEAST_COST_S)
             self._weigh(flow)  # who always waits would never hear of a reload
@@ -170,14 +164,14 @@ class StepQueue:
             )
             flow.tag_s += cost_s / flow.weight
             self._virtual_s += cost_s / max(rivals, flow.weight)
-            self._forget_heads_of(flow_id)
+            self._postpone(flow)
         self._remove(step.id)
         return key
 
     def in_order(self) -> list[QueuedStep]:
         """Everybody who waits, roughly as they will go: each flow counts with its next turn."""
         entries = [
-            (lane.key_s, entry)
+            (lane.key[0], entry)
             for lanes in self._lanes.values()
             for lane in lanes.values()
             for entry in lane.entries
@@ -229,15 +223,18 @@ class StepQueue:
             self._forget_head(step.engine)
         self._counts[step.engine] -= 1
         if not lane.entries:
-            del lanes[flow_id]
+            del lanes[flow_id], lane.flow.lanes[step.engine]
         if not lanes:
             del self._lanes[step.engine], self._counts[step.engine]
         return step
 
-    def _forget_heads_of(self, flow_id: _FlowId) -> None:
-        """The flow's turns come later now: elsewhere than where it goes first nothing changes."""
-        for engine, head in tuple(self._heads.items()):
-            if head is not None and (head[1].client, head[1].priority) == flow_id:
+    def _postpone(self, flow: _Flow) -> None:
+        """The flow's turn comes later now, for every engine that it waits for."""
+        key_s = flow.tag_s + OFFSETS_S[flow.priority]
+        for engine, lane in flow.lanes.items():
+            lane.key = key_s, lane.key[1]
+            head = self._heads.get(engine)
+            if head is not None and head[1] is lane.entries[0][2]:
                 self._forget_head(engine)
 
     def _forget_head(self, engine: str) -> None:
