@@ -3,26 +3,28 @@
 import dataclasses
 
 from edge_agent.core import (
-    Event,
     Executor,
     FinishReason,
     Limits,
     Message,
     Role,
     Run,
-    RunFinished,
     RunSpec,
     RunState,
     SideEffect,
-    StateChanged,
-    StepFinished,
     TextPart,
     Tool,
     ToolCall,
-    ToolCallsIssued,
     ToolResult,
-    ToolResultAccepted,
     Usage,
+)
+from edge_agent.events import (
+    Event,
+    RunFinished,
+    StateChanged,
+    StepFinished,
+    ToolCallsIssued,
+    ToolResultAccepted,
 )
 from edge_agent.ledger.changes import EventsAdded, NewRun
 from edge_agent.records import CallRecord, Effect, LoggedText, ResultClass, StepRecord

@@ -42,16 +42,9 @@ from benchmarks._shared import (
 )
 from benchmarks._workloads import workload
 from edge_agent.client import AsyncClient
-from edge_agent.core import (
-    Message,
-    Role,
-    RunFinished,
-    StepFinished,
-    TextDelta,
-    TextPart,
-    Usage,
-)
+from edge_agent.core import Message, Role, TextPart, Usage
 from edge_agent.engines.manifest import MANIFEST_NAME
+from edge_agent.events import RunFinished, StepFinished, TextDelta
 from tests.support.daemon import DaemonProcess, running_daemon
 
 LONG_ENGINE = f"{ENGINE}-long"

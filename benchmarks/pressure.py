@@ -38,8 +38,9 @@ from benchmarks._shared import (
     spread,
 )
 from edge_agent.client import AsyncClient
-from edge_agent.core import EngineInfo, EngineState, Priority, Run, RunFinished, RunState, TextDelta
+from edge_agent.core import EngineInfo, EngineState, Priority, Run, RunState
 from edge_agent.errors import EdgeAgentError
+from edge_agent.events import RunFinished, TextDelta
 from edge_agent.telemetry import procfs
 from tests.support.daemon import DaemonProcess, running_daemon
 from tests.support.engines import make_store

@@ -38,16 +38,8 @@ from benchmarks._shared import (
 from benchmarks._workloads import workload
 from edge_agent.client import AsyncClient
 from edge_agent.config import Config
-from edge_agent.core import (
-    HaltScope,
-    RunFinished,
-    RunState,
-    Snapshot,
-    StateChanged,
-    StepFinished,
-    TextDelta,
-    Usage,
-)
+from edge_agent.core import HaltScope, RunState, Usage
+from edge_agent.events import RunFinished, Snapshot, StateChanged, StepFinished, TextDelta
 from edge_agent.v1 import engine_service_pb2 as engine_pb
 from edge_agent.v1 import run_service_pb2 as run_pb
 from edge_agent.v1 import system_service_pb2 as system_pb

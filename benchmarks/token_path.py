@@ -36,7 +36,7 @@ from benchmarks._shared import (
 )
 from edge_agent.api.convert_response import fill_event
 from edge_agent.client import AsyncClient
-from edge_agent.core import Event, TextDelta
+from edge_agent.events import Event, TextDelta
 from edge_agent.v1 import run_service_pb2 as pb
 from tests.support.daemon import BASE_CONFIG, running_daemon
 

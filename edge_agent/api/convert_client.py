@@ -13,7 +13,7 @@ ASSISTANT's: a transcript holds what the model and the tools said. An unknown pr
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
-from edge_agent import core
+from edge_agent import core, events
 from edge_agent.api import convert_response
 from edge_agent.api.convert_telemetry import run_telemetry
 from edge_agent.api.spans import filled, seconds
@@ -189,10 +189,10 @@ def priority(value: "run_service_pb2.Priority.ValueType") -> core.Priority:
     return _PRIORITIES.get(value, core.Priority.NORMAL)
 
 
-def event(value: run_service_pb2.RunEvent) -> core.Event | None:
+def event(value: run_service_pb2.RunEvent) -> events.Event | None:
     """An event; None for a kind that a newer daemon sends and this client does not know."""
     body = _body(value)
-    return None if body is None else core.Event(value.run_id, value.sequence, body)
+    return None if body is None else events.Event(value.run_id, value.sequence, body)
 
 
 def halt(value: run_service_pb2.HaltRecord) -> core.Halt:
@@ -254,49 +254,49 @@ def run_error(value: types_pb2.RunError) -> core.RunError:
 
 def _body(  # noqa: C901, PLR0911, PLR0912 - one a kind
     value: run_service_pb2.RunEvent,
-) -> core.EventBody | None:
+) -> events.EventBody | None:
     match value.WhichOneof("kind"):
         case "text_delta":
             delta = value.text_delta
-            return core.TextDelta(delta.step, delta.text, delta.tokens)
+            return events.TextDelta(delta.step, delta.text, delta.tokens)
         case "snapshot":
-            return core.Snapshot(run(value.snapshot))
+            return events.Snapshot(run(value.snapshot))
         case "state_changed":
             change = value.state_changed
             progress = change.load_progress if change.HasField("load_progress") else None
             cause = run_error(change.cause) if change.HasField("cause") else None
-            return core.StateChanged(_run_state(change.state), progress, cause)
+            return events.StateChanged(_run_state(change.state), progress, cause)
         case "tool_calls_issued":
             issued = value.tool_calls_issued
-            return core.ToolCallsIssued(issued.step, tuple(map(_tool_call, issued.tool_calls)))
+            return events.ToolCallsIssued(issued.step, tuple(map(_tool_call, issued.tool_calls)))
         case "approval_requested":
             asked = value.approval_requested
-            return core.ApprovalRequested(asked.step, tuple(map(_tool_call, asked.tool_calls)))
+            return events.ApprovalRequested(asked.step, tuple(map(_tool_call, asked.tool_calls)))
         case "approval_decided":
             decided = value.approval_decided
-            return core.ApprovalDecided(
+            return events.ApprovalDecided(
                 decided.tool_call_id, decided.approved, decided.client, decided.reason
             )
         case "daemon_tool_started":
             started = value.daemon_tool_started
-            return core.DaemonToolStarted(started.step, _tool_call(started.tool_call))
+            return events.DaemonToolStarted(started.step, _tool_call(started.tool_call))
         case "messages_added":
-            return core.MessagesAdded(tuple(map(_message, value.messages_added.messages)))
+            return events.MessagesAdded(tuple(map(_message, value.messages_added.messages)))
         case "tool_result_accepted":
-            return core.ToolResultAccepted(_tool_result(value.tool_result_accepted.result))
+            return events.ToolResultAccepted(_tool_result(value.tool_result_accepted.result))
         case "step_finished":
             return _step_finished(value.step_finished)
         case "cancel_tool":
             cancel = value.cancel_tool
-            return core.CancelTool(cancel.tool_call_id, run_error(cancel.reason))
+            return events.CancelTool(cancel.tool_call_id, run_error(cancel.reason))
         case "run_finished":
-            return core.RunFinished(run(value.run_finished.run))
+            return events.RunFinished(run(value.run_finished.run))
         case _:
             return None
 
 
-def _step_finished(value: run_service_pb2.StepFinished) -> core.StepFinished:
-    return core.StepFinished(
+def _step_finished(value: run_service_pb2.StepFinished) -> events.StepFinished:
+    return events.StepFinished(
         step=value.step,
         message=_message(value.message),
         usage=usage(value.usage),

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from edge_agent import core
+from edge_agent import core, events
 from edge_agent.api.convert_telemetry import fill_run_telemetry
 from edge_agent.api.spans import filled
 from edge_agent.status import DaemonState, DaemonStatus, MemoryStatus
@@ -132,45 +132,45 @@ def fill_run(target: run_service_pb2.Run, value: core.Run, *, with_transcript: b
 
 
 def fill_event(  # noqa: C901, PLR0912 - one a kind
-    target: run_service_pb2.RunEvent, event: core.Event
+    target: run_service_pb2.RunEvent, event: events.Event
 ) -> None:
     """Write an event into `target`: in place, since this runs for every token."""
     target.run_id = event.run_id
     target.sequence = event.sequence
     match event.body:
-        case core.TextDelta(step=step, text=text, tokens=tokens):
+        case events.TextDelta(step=step, text=text, tokens=tokens):
             delta = target.text_delta
             delta.step, delta.text, delta.tokens = step, text, tokens
-        case core.StateChanged(state=state, load_progress=progress, cause=cause):
+        case events.StateChanged(state=state, load_progress=progress, cause=cause):
             target.state_changed.state = _STATES[state]
             if progress is not None:
                 target.state_changed.load_progress = progress
             if cause is not None:
                 _fill_error(target.state_changed.cause, cause)
-        case core.ToolCallsIssued(step=step, tool_calls=calls):
+        case events.ToolCallsIssued(step=step, tool_calls=calls):
             target.tool_calls_issued.step = step
             target.tool_calls_issued.tool_calls.extend(tool_call(call) for call in calls)
-        case core.ApprovalRequested(step=step, tool_calls=calls):
+        case events.ApprovalRequested(step=step, tool_calls=calls):
             target.approval_requested.step = step
             target.approval_requested.tool_calls.extend(tool_call(call) for call in calls)
-        case core.ApprovalDecided() as decided:
+        case events.ApprovalDecided() as decided:
             target.approval_decided.CopyFrom(_approval_decided(decided))
-        case core.DaemonToolStarted(step=step, tool_call=call):
+        case events.DaemonToolStarted(step=step, tool_call=call):
             target.daemon_tool_started.step = step
             target.daemon_tool_started.tool_call.CopyFrom(tool_call(call))
-        case core.MessagesAdded(messages=messages):
+        case events.MessagesAdded(messages=messages):
             for turn in messages:
                 _fill_message(target.messages_added.messages.add(), turn)
-        case core.ToolResultAccepted(result=result):
+        case events.ToolResultAccepted(result=result):
             target.tool_result_accepted.result.CopyFrom(tool_result(result))
-        case core.StepFinished() as finished:
+        case events.StepFinished() as finished:
             target.step_finished.CopyFrom(_step_finished(finished))
-        case core.CancelTool(tool_call_id=call_id, reason=reason):
+        case events.CancelTool(tool_call_id=call_id, reason=reason):
             target.cancel_tool.tool_call_id = call_id
             _fill_error(target.cancel_tool.reason, reason)
-        case core.Snapshot(run=value):
+        case events.Snapshot(run=value):
             fill_run(target.snapshot, value)
-        case core.RunFinished(run=value):
+        case events.RunFinished(run=value):
             fill_run(target.run_finished.run, value)
 
 
@@ -264,7 +264,7 @@ def _fill_part(target: types_pb2.Part, value: core.Part) -> types_pb2.Part:
     return target
 
 
-def _approval_decided(value: core.ApprovalDecided) -> run_service_pb2.ApprovalDecided:
+def _approval_decided(value: events.ApprovalDecided) -> run_service_pb2.ApprovalDecided:
     return run_service_pb2.ApprovalDecided(
         tool_call_id=value.tool_call_id,
         approved=value.approved,
@@ -273,7 +273,7 @@ def _approval_decided(value: core.ApprovalDecided) -> run_service_pb2.ApprovalDe
     )
 
 
-def _step_finished(value: core.StepFinished) -> run_service_pb2.StepFinished:
+def _step_finished(value: events.StepFinished) -> run_service_pb2.StepFinished:
     return run_service_pb2.StepFinished(
         step=value.step,
         message=message(value.message),

@@ -11,7 +11,6 @@ from typing import Protocol
 
 from edge_agent.core import (
     EngineInfo,
-    Event,
     Halt,
     HaltOutcome,
     HaltScope,
@@ -23,6 +22,7 @@ from edge_agent.core import (
     Tool,
     ToolResult,
 )
+from edge_agent.events import Event
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.records import CallRecord, StepRecord
 from edge_agent.status import DaemonStatus, StepWait

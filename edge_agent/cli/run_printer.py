@@ -8,27 +8,21 @@ import sys
 from collections.abc import Iterator
 
 from edge_agent.cli.output import print_error, print_json
-from edge_agent.core import (
+from edge_agent.core import Message, Run, RunError, RunState, TextPart, ToolCall, ToolResult
+from edge_agent.errors import EdgeAgentError, Unavailable
+from edge_agent.events import (
     ApprovalDecided,
     ApprovalRequested,
     CancelTool,
     DaemonToolStarted,
     Event,
-    Message,
     MessagesAdded,
-    Run,
-    RunError,
-    RunState,
     Snapshot,
     StateChanged,
     TextDelta,
-    TextPart,
-    ToolCall,
     ToolCallsIssued,
-    ToolResult,
     ToolResultAccepted,
 )
-from edge_agent.errors import EdgeAgentError, Unavailable
 
 
 class RunPrinter:

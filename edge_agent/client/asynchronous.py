@@ -24,7 +24,6 @@ from edge_agent.client.wire import (
 )
 from edge_agent.core import (
     EngineInfo,
-    Event,
     HaltOutcome,
     HaltScope,
     Message,
@@ -34,6 +33,7 @@ from edge_agent.core import (
     ToolResult,
 )
 from edge_agent.errors import EdgeAgentError
+from edge_agent.events import Event
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.records import CallRecord, StepRecord
 from edge_agent.status import DaemonStatus, StepWait

@@ -11,17 +11,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from inspect import iscoroutinefunction
 
-from edge_agent.core import (
-    CancelTool,
-    Event,
-    Run,
-    RunFinished,
-    TextPart,
-    Tool,
-    ToolCall,
-    ToolCallsIssued,
-    ToolResult,
-)
+from edge_agent.core import Run, TextPart, Tool, ToolCall, ToolResult
+from edge_agent.events import CancelTool, Event, RunFinished, ToolCallsIssued
 
 Tools = Mapping[str, tuple[Tool, Callable[..., object]]]
 """Name -> the tool and what executes it: called with the arguments as keywords."""

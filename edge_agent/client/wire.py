@@ -13,7 +13,7 @@ import grpc
 from edge_agent.api import convert_client as convert
 from edge_agent.api.convert_client import RunOptions
 from edge_agent.api.convert_error import DETAILS_KEY, error_of
-from edge_agent.core import Event, Message, Tool
+from edge_agent.core import Message, Tool
 from edge_agent.errors import (
     EdgeAgentError,
     FailedPrecondition,
@@ -21,6 +21,7 @@ from edge_agent.errors import (
     PermissionDenied,
     Unavailable,
 )
+from edge_agent.events import Event
 from edge_agent.paths import MAX_SOCKET_PATH_BYTES
 from edge_agent.v1 import run_service_pb2 as run_pb
 

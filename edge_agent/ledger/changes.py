@@ -6,8 +6,9 @@ Commits nothing: the writer does, and rolls back what a refused one has written.
 import dataclasses
 from dataclasses import dataclass
 
-from edge_agent.core import Event, Run, RunSpec, StepFinished
+from edge_agent.core import Run, RunSpec
 from edge_agent.errors import LedgerFailed
+from edge_agent.events import Event, StepFinished
 from edge_agent.ledger import rows
 from edge_agent.ledger.book import Book, Mark
 from edge_agent.records import CallRecord, LoggedText, StepRecord

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import apsw
 
-from edge_agent.core import Event, Run, RunState
+from edge_agent.core import Run, RunState
 from edge_agent.errors import LedgerRowCorrupt
+from edge_agent.events import Event
 from edge_agent.ledger import rows
 from edge_agent.ledger.changes import StoredRun
 from edge_agent.records import CallRecord, StepRecord

@@ -12,8 +12,9 @@ from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
-from edge_agent.core import Event, EventBody, Run, RunFinished, RunSpec
+from edge_agent.core import Run, RunSpec
 from edge_agent.errors import LedgerRowCorrupt
+from edge_agent.events import Event, EventBody, RunFinished
 from edge_agent.records import CallRecord, LoggedText, StepRecord
 
 Value = int | float | str | bytes | None

@@ -16,8 +16,9 @@ from typing import Final
 from edge_agent import __version__
 from edge_agent.client import AsyncClient
 from edge_agent.client.wire import cut_short
-from edge_agent.core import EngineInfo, Run, RunFinished, TextDelta, Usage
+from edge_agent.core import EngineInfo, Run, Usage
 from edge_agent.errors import StepFailed
+from edge_agent.events import RunFinished, TextDelta
 from edge_agent.measuring import statistics
 from edge_agent.measuring.machine import PowerMeter, read_machine_info, read_temperature_milli_c
 from edge_agent.measuring.prompts import Prompt, PromptMaker, Question, long_prompt, short_prompt

@@ -16,19 +16,18 @@ from typing import Protocol
 import structlog
 
 from edge_agent.core import (
-    Event,
     Halt,
     HaltOutcome,
     HaltScope,
     Message,
     Run,
     RunError,
-    RunFinished,
     RunSpec,
     RunState,
     ToolResult,
 )
 from edge_agent.errors import FailedPrecondition, InvalidRequest, LedgerFailed, LedgerFull
+from edge_agent.events import Event, RunFinished
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.ledger.changes import (
     CallRecorded,

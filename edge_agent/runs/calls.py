@@ -9,21 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from edge_agent.core import (
-    ApprovalDecided,
-    ApprovalRequested,
-    CancelTool,
-    DaemonToolStarted,
-    Executor,
-    RunError,
-    SideEffect,
-    TextPart,
-    Tool,
-    ToolCall,
-    ToolCallsIssued,
-    ToolResult,
-    ToolResultAccepted,
-)
+from edge_agent.core import Executor, RunError, SideEffect, TextPart, Tool, ToolCall, ToolResult
 from edge_agent.errors import (
     DeadlineExceeded,
     EdgeAgentError,
@@ -35,6 +21,14 @@ from edge_agent.errors import (
     Overloaded,
     StepFailed,
     ToolNotReady,
+)
+from edge_agent.events import (
+    ApprovalDecided,
+    ApprovalRequested,
+    CancelTool,
+    DaemonToolStarted,
+    ToolCallsIssued,
+    ToolResultAccepted,
 )
 from edge_agent.records import CallRecord, Effect, ResultClass
 from edge_agent.runs import history

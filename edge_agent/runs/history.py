@@ -6,22 +6,17 @@ Numbers no events and decides nothing.
 import dataclasses
 from collections.abc import Iterable
 
-from edge_agent.core import (
+from edge_agent.core import Message, Role, Run, RunState, ToolCall, ToolResult
+from edge_agent.events import (
     ApprovalDecided,
     ApprovalRequested,
     DaemonToolStarted,
     EventBody,
-    Message,
     MessagesAdded,
-    Role,
-    Run,
     RunFinished,
-    RunState,
     StateChanged,
     StepFinished,
-    ToolCall,
     ToolCallsIssued,
-    ToolResult,
     ToolResultAccepted,
 )
 

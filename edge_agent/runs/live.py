@@ -10,17 +10,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, Protocol
 
-from edge_agent.core import (
-    Event,
-    EventBody,
-    Run,
-    RunFinished,
-    RunSpec,
-    RunState,
-    Snapshot,
-    StateChanged,
-)
+from edge_agent.core import Run, RunSpec, RunState
 from edge_agent.errors import InvalidRequest
+from edge_agent.events import Event, EventBody, RunFinished, Snapshot, StateChanged
 from edge_agent.records import LoggedText
 from edge_agent.runs import history
 from edge_agent.runs.log import EventLog

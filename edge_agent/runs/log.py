@@ -7,7 +7,7 @@ that it has not seen of a span as one delta, numbered as its last, from wherever
 from array import array
 from collections.abc import Iterable, Iterator
 
-from edge_agent.core import Event, EventBody, TextDelta
+from edge_agent.events import Event, EventBody, TextDelta
 from edge_agent.records import LoggedText
 
 

@@ -16,13 +16,10 @@ import structlog
 from edge_agent.core import (
     EngineInfo,
     Message,
-    MessagesAdded,
     Role,
     RunError,
     RunState,
     RunTelemetry,
-    StateChanged,
-    StepFinished,
     StepOrigin,
     StepRequest,
     StepResult,
@@ -31,6 +28,7 @@ from edge_agent.core import (
     ToolResult,
 )
 from edge_agent.errors import EdgeAgentError, OutcomeUnknown, StepFailed
+from edge_agent.events import MessagesAdded, StateChanged, StepFinished
 from edge_agent.records import CallRecord
 from edge_agent.runs import history, limits
 from edge_agent.runs.calls import DaemonTools, ToolCalls

@@ -16,7 +16,6 @@ import structlog
 
 from edge_agent.core import (
     EngineInfo,
-    Event,
     Halt,
     HaltOutcome,
     HaltScope,
@@ -36,6 +35,7 @@ from edge_agent.errors import (
     Overloaded,
     Unavailable,
 )
+from edge_agent.events import Event
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.records import CallRecord
 from edge_agent.runs.calls import DaemonTools

@@ -17,17 +17,16 @@ from pathlib import Path
 
 from edge_agent.cli.progress import ProgressBar
 from edge_agent.client import Client
-from edge_agent.core import (
+from edge_agent.core import Run, RunState
+from edge_agent.errors import EdgeAgentError
+from edge_agent.events import (
     Event,
-    Run,
-    RunState,
     StateChanged,
     StepFinished,
     TextDelta,
     ToolCallsIssued,
     ToolResultAccepted,
 )
-from edge_agent.errors import EdgeAgentError
 from examples.robots.robot import Robot
 
 ENGINE = "smollm2-135m-instruct"

@@ -39,6 +39,7 @@ class Layer(IntEnum):
 LAYERS = {
     "": Layer.CORE,  # edge_agent itself: the version
     "core": Layer.CORE,
+    "events": Layer.CORE,
     "errors": Layer.CORE,
     "records": Layer.CORE,
     "status": Layer.CORE,

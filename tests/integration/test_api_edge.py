@@ -24,18 +24,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 from edge_agent.api.server import SERVICES, ApiServers
 from edge_agent.client import AsyncClient
 from edge_agent.client.wire import typed_errors
-from edge_agent.core import (
-    HaltScope,
-    Limits,
-    Message,
-    Role,
-    RunFinished,
-    RunSpec,
-    TextDelta,
-    TextPart,
-    ToolCall,
-)
+from edge_agent.core import HaltScope, Limits, Message, Role, RunSpec, TextPart, ToolCall
 from edge_agent.errors import EdgeAgentError, FailedPrecondition
+from edge_agent.events import RunFinished, TextDelta
 from edge_agent.v1 import engine_service_pb2 as engine_pb
 from edge_agent.v1 import run_service_pb2 as pb
 from edge_agent.v1 import system_service_pb2 as system_pb

@@ -18,7 +18,6 @@ from edge_agent.cli.main import COMMANDS, main
 from edge_agent.cli.status import engine_lines
 from edge_agent.client import Client
 from edge_agent.core import (
-    CancelTool,
     EngineState,
     FinishReason,
     Message,
@@ -26,13 +25,11 @@ from edge_agent.core import (
     Role,
     RunError,
     RunState,
-    StateChanged,
-    StepFinished,
-    TextDelta,
     TextPart,
     ToolCall,
     Usage,
 )
+from edge_agent.events import CancelTool, StateChanged, StepFinished, TextDelta
 from edge_agent.status import StepWait, WaitReason
 from tests.support.api_ports import EdgeThread, MemoryDaemon, MemoryEngines, MemoryRuns
 

@@ -7,19 +7,17 @@ import pytest
 
 from edge_agent.client import AsyncClient, Client, default_address
 from edge_agent.core import (
-    CancelTool,
     EngineState,
-    Event,
     HaltScope,
     RunError,
     RunState,
-    TextDelta,
     TextPart,
     Tool,
     ToolCall,
     ToolResult,
 )
 from edge_agent.errors import FieldViolation, InvalidRequest, NotFound, Unavailable
+from edge_agent.events import CancelTool, Event, TextDelta
 from tests.support.api_ports import EdgeThread
 
 LAMP = Tool("lamp", "Switches the lamp.", '{"type":"object"}')

@@ -8,8 +8,9 @@ from pathlib import Path
 import apsw
 import pytest
 
-from edge_agent.core import Event, RunError, RunFinished, RunState, StateChanged
+from edge_agent.core import RunError, RunState
 from edge_agent.errors import LedgerFailed, LedgerRowCorrupt
+from edge_agent.events import Event, RunFinished, StateChanged
 from edge_agent.ledger.changes import (
     CallRecorded,
     EventsAdded,

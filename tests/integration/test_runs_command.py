@@ -12,22 +12,24 @@ from edge_agent.cli.main import main
 from edge_agent.cli.runs import describe
 from edge_agent.client import Client
 from edge_agent.core import (
-    ApprovalDecided,
-    ApprovalRequested,
-    DaemonToolStarted,
-    Event,
     Executor,
     Message,
-    MessagesAdded,
     Role,
     Run,
     RunError,
     RunState,
     SideEffect,
-    StateChanged,
     TextPart,
     ToolCall,
     ToolResult,
+)
+from edge_agent.events import (
+    ApprovalDecided,
+    ApprovalRequested,
+    DaemonToolStarted,
+    Event,
+    MessagesAdded,
+    StateChanged,
     ToolResultAccepted,
 )
 from tests.support import api_ports

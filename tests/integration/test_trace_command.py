@@ -8,16 +8,8 @@ import structlog
 from edge_agent.cli.main import main
 from edge_agent.cli.trace import describe
 from edge_agent.client import Client
-from edge_agent.core import (
-    ApprovalRequested,
-    Executor,
-    Run,
-    RunError,
-    RunState,
-    SideEffect,
-    Tool,
-    Usage,
-)
+from edge_agent.core import Executor, Run, RunError, RunState, SideEffect, Tool, Usage
+from edge_agent.events import ApprovalRequested
 from edge_agent.records import CallRecord, Effect, ResultClass, StepRecord
 from tests.support.api_ports import EdgeThread
 from tests.support.daemon import BASE_CONFIG, ENGINE, running_daemon

@@ -13,27 +13,18 @@ from pathlib import Path
 from edge_agent.api.ports import RequestLimits
 from edge_agent.api.server import ApiServers
 from edge_agent.core import (
-    ApprovalDecided,
     EngineInfo,
     EngineState,
-    Event,
-    EventBody,
     Halt,
     HaltOutcome,
     HaltScope,
     Message,
-    MessagesAdded,
     Run,
     RunError,
-    RunFinished,
     RunSpec,
     RunState,
-    Snapshot,
-    StateChanged,
     ToolCall,
-    ToolCallsIssued,
     ToolResult,
-    ToolResultAccepted,
     Usage,
     WorkerInfo,
 )
@@ -44,6 +35,17 @@ from edge_agent.errors import (
     FieldViolation,
     NotFound,
     Unavailable,
+)
+from edge_agent.events import (
+    ApprovalDecided,
+    Event,
+    EventBody,
+    MessagesAdded,
+    RunFinished,
+    Snapshot,
+    StateChanged,
+    ToolCallsIssued,
+    ToolResultAccepted,
 )
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.records import CallRecord, StepRecord

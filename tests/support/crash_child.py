@@ -26,21 +26,19 @@ from edge_agent.core import (
     Limits,
     Message,
     Role,
-    RunFinished,
     RunSpec,
     RunState,
     SideEffect,
-    StateChanged,
     StepOrigin,
     StepRequest,
     StepResult,
     TextPart,
     Tool,
     ToolCall,
-    ToolCallsIssued,
     ToolResult,
     Usage,
 )
+from edge_agent.events import RunFinished, StateChanged, ToolCallsIssued
 from edge_agent.ledger.book import Book
 from edge_agent.ledger.ledger import Ledger
 from edge_agent.ledger.settings import LedgerSettings

@@ -16,16 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from edge_agent.core import (
-    Event,
-    Executor,
-    RunSpec,
-    RunState,
-    SideEffect,
-    Tool,
-    ToolCall,
-    ToolResult,
-)
+from edge_agent.core import Executor, RunSpec, RunState, SideEffect, Tool, ToolCall, ToolResult
+from edge_agent.events import Event
 from edge_agent.ledger import opening
 from edge_agent.ledger.ledger import Ledger
 from edge_agent.ledger.writer import Entry

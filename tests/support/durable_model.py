@@ -23,8 +23,6 @@ from hypothesis.stateful import (
 )
 
 from edge_agent.core import (
-    DaemonToolStarted,
-    Event,
     Halt,
     HaltScope,
     Message,
@@ -33,9 +31,7 @@ from edge_agent.core import (
     RunError,
     RunState,
     SideEffect,
-    Snapshot,
     TextPart,
-    ToolCallsIssued,
     ToolResult,
 )
 from edge_agent.errors import (
@@ -47,6 +43,7 @@ from edge_agent.errors import (
     Overloaded,
     WorkerError,
 )
+from edge_agent.events import DaemonToolStarted, Event, Snapshot, ToolCallsIssued
 from edge_agent.ledger.changes import StoredRun
 from edge_agent.runs.halts import covers_run, covers_tool
 from tests.support.durable_life import (

@@ -8,22 +8,19 @@ from pathlib import Path
 import apsw
 
 from edge_agent.core import (
-    Event,
     Executor,
     FinishReason,
     Limits,
     Message,
     Role,
     Run,
-    RunFinished,
     RunSpec,
     RunState,
     SideEffect,
-    StateChanged,
-    StepFinished,
     TextPart,
     Usage,
 )
+from edge_agent.events import Event, RunFinished, StateChanged, StepFinished
 from edge_agent.ledger.changes import EventsAdded, NewRun
 from edge_agent.ledger.ledger import Ledger
 from edge_agent.ledger.opening import FILE_NAME

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from edge_agent.core import Event, Message, Run, RunFinished, TextDelta
+from edge_agent.core import Message, Run
+from edge_agent.events import Event, RunFinished, TextDelta
 from edge_agent.ledger.changes import StoredRun
 from edge_agent.records import LoggedText
 

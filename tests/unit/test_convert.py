@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent import core
+from edge_agent import core, events
 from edge_agent.api import (
     convert_client,
     convert_conversation,
@@ -592,25 +592,25 @@ runs = st.builds(
 )
 results_ = st.builds(core.ToolResult, names, parts, st.booleans(), st.booleans())
 bodies = st.one_of(
-    st.builds(core.Snapshot, runs),
-    st.builds(core.StateChanged, states, st.none() | st.just(0.5)),
-    st.builds(core.TextDelta, counts, names, counts),
-    st.builds(core.ToolCallsIssued, counts, calls),
-    st.builds(core.ToolResultAccepted, results_),
+    st.builds(events.Snapshot, runs),
+    st.builds(events.StateChanged, states, st.none() | st.just(0.5)),
+    st.builds(events.TextDelta, counts, names, counts),
+    st.builds(events.ToolCallsIssued, counts, calls),
+    st.builds(events.ToolResultAccepted, results_),
     st.builds(
-        core.StepFinished,
+        events.StepFinished,
         counts,
         messages,
         usages,
         st.sampled_from(core.FinishReason),
         st.none() | spans,
     ),
-    st.builds(core.CancelTool, names, errors),
-    st.builds(core.RunFinished, runs),
+    st.builds(events.CancelTool, names, errors),
+    st.builds(events.RunFinished, runs),
 )
 
 
-@given(event=st.builds(core.Event, names, counts, bodies))
+@given(event=st.builds(events.Event, names, counts, bodies))
 def test_an_event_arrives_as_it_was_sent(event):
     message = pb.RunEvent()
     convert_response.fill_event(message, event)
@@ -619,7 +619,7 @@ def test_an_event_arrives_as_it_was_sent(event):
 
 def test_an_empty_text_delta_is_still_one():
     message = pb.RunEvent()
-    convert_response.fill_event(message, core.Event("r", 1, core.TextDelta(0, "", 0)))
+    convert_response.fill_event(message, events.Event("r", 1, events.TextDelta(0, "", 0)))
     assert message.WhichOneof("kind") == "text_delta"
 
 
@@ -633,13 +633,13 @@ class TestValuesThatOnlyANewerDaemonKnows:
         assert (run.state, run.state.ended) == (RunState.UNSPECIFIED, False)
         event = convert_client.event(pb.RunEvent(state_changed=pb.StateChanged(state=UNKNOWN)))
         assert event is not None
-        assert event.body == core.StateChanged(RunState.UNSPECIFIED)
+        assert event.body == events.StateChanged(RunState.UNSPECIFIED)
 
     def test_nobody_here_knows_how_a_run_ended_in_such_a_state(self):
         run = pb.Run(state=UNKNOWN, ended_at=convert_response.timestamp(5.0))
         event = convert_client.event(pb.RunEvent(run_finished=pb.RunFinished(run=run)))
         assert event is not None
-        assert isinstance(event.body, core.RunFinished)
+        assert isinstance(event.body, events.RunFinished)
         assert event.body.run.state is RunState.OUTCOME_UNKNOWN
 
     def test_a_step_is_told_with_its_text(self):
@@ -647,7 +647,7 @@ class TestValuesThatOnlyANewerDaemonKnows:
         step = pb.StepFinished(step=1, message=message, finish_reason="BORED")
         event = convert_client.event(pb.RunEvent(step_finished=step))
         assert event is not None
-        assert isinstance(event.body, core.StepFinished)
+        assert isinstance(event.body, events.StepFinished)
         assert event.body.finish_reason is core.FinishReason.UNSPECIFIED
         assert event.body.message == core.Message(Role.ASSISTANT, (TextPart("hi"),))
 

@@ -8,18 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.core import (
-    Event,
-    EventBody,
-    Limits,
-    Run,
-    RunSpec,
-    RunState,
-    Snapshot,
-    StateChanged,
-    TextDelta,
-)
+from edge_agent.core import Limits, Run, RunSpec, RunState
 from edge_agent.errors import InvalidRequest
+from edge_agent.events import Event, EventBody, Snapshot, StateChanged, TextDelta
 from edge_agent.runs.live import LiveRun
 from edge_agent.runs.log import EventLog, TextSpan
 

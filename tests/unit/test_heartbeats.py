@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from edge_agent.core import CancelTool, Run, RunError, RunState, SideEffect, Tool, ToolResult
+from edge_agent.core import Run, RunError, RunState, SideEffect, Tool, ToolResult
 from edge_agent.errors import FailedPrecondition, Overloaded, Unavailable
+from edge_agent.events import CancelTool
 from edge_agent.heartbeat import Heartbeat, Lapse
 from edge_agent.runs.heartbeats import HELD_UP_S, MAX_WATCHED, Heartbeats
 from edge_agent.runs.runs import Runs

@@ -24,7 +24,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from edge_agent.core import Event, RunFinished, RunState
+from edge_agent.core import RunState
+from edge_agent.events import Event, RunFinished
 from edge_agent.ledger import opening
 from edge_agent.ledger.ballast import Ballast
 from edge_agent.ledger.changes import (

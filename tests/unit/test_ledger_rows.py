@@ -8,31 +8,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.core import (
+    FinishReason,
+    Message,
+    Role,
+    RunError,
+    RunState,
+    TextPart,
+    ToolCall,
+    ToolResult,
+    Usage,
+)
+from edge_agent.errors import LedgerRowCorrupt
+from edge_agent.events import (
     ApprovalDecided,
     ApprovalRequested,
     CancelTool,
     DaemonToolStarted,
     Event,
     EventBody,
-    FinishReason,
-    Message,
     MessagesAdded,
-    Role,
-    RunError,
     RunFinished,
-    RunState,
     Snapshot,
     StateChanged,
     StepFinished,
     TextDelta,
-    TextPart,
-    ToolCall,
     ToolCallsIssued,
-    ToolResult,
     ToolResultAccepted,
-    Usage,
 )
-from edge_agent.errors import LedgerRowCorrupt
 from edge_agent.ledger import rows
 from edge_agent.records import LoggedText
 from tests.support.chaos import examples

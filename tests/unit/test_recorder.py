@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.core import Event, RunError, RunFinished, RunState, RunTelemetry, Snapshot
+from edge_agent.core import RunError, RunState, RunTelemetry
+from edge_agent.events import Event, RunFinished, Snapshot
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
 from edge_agent.telemetry.recorder import Recorder

@@ -9,27 +9,29 @@ from typing import Any
 import pytest
 
 from edge_agent.core import (
-    ApprovalDecided,
-    ApprovalRequested,
-    CancelTool,
-    DaemonToolStarted,
     Executor,
     HaltScope,
     Message,
     Role,
     Run,
     RunError,
-    RunFinished,
     RunState,
     SideEffect,
-    StateChanged,
     TextPart,
     Tool,
     ToolCall,
-    ToolCallsIssued,
     ToolResult,
 )
 from edge_agent.errors import DeadlineExceeded, FailedPrecondition, Halted, NotFound, Overloaded
+from edge_agent.events import (
+    ApprovalDecided,
+    ApprovalRequested,
+    CancelTool,
+    DaemonToolStarted,
+    RunFinished,
+    StateChanged,
+    ToolCallsIssued,
+)
 from edge_agent.records import CallRecord, Effect, ResultClass, StepRecord
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs

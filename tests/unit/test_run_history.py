@@ -6,25 +6,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.core import (
-    ApprovalDecided,
-    ApprovalRequested,
-    DaemonToolStarted,
     FinishReason,
     Message,
-    MessagesAdded,
     Role,
     Run,
     RunError,
-    RunFinished,
     RunState,
-    StateChanged,
-    StepFinished,
     TextPart,
     ToolCall,
-    ToolCallsIssued,
     ToolResult,
-    ToolResultAccepted,
     Usage,
+)
+from edge_agent.events import (
+    ApprovalDecided,
+    ApprovalRequested,
+    DaemonToolStarted,
+    MessagesAdded,
+    RunFinished,
+    StateChanged,
+    StepFinished,
+    ToolCallsIssued,
+    ToolResultAccepted,
 )
 from edge_agent.runs import history
 

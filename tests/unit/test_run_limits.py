@@ -13,13 +13,12 @@ from edge_agent.core import (
     RunError,
     RunSpec,
     RunState,
-    StepFinished,
     TextPart,
     ToolCall,
     ToolResult,
-    ToolResultAccepted,
     Usage,
 )
+from edge_agent.events import StepFinished, ToolResultAccepted
 from edge_agent.runs import history, limits
 from tests.support.scripted_engine import spec
 

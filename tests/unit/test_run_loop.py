@@ -10,24 +10,18 @@ from typing import Any
 import pytest
 import structlog
 
-from edge_agent.core import (
+from edge_agent.core import FinishReason, HaltScope, Message, Role, Run, RunError, RunState
+from edge_agent.errors import WorkerError
+from edge_agent.events import (
     CancelTool,
     Event,
-    FinishReason,
-    HaltScope,
-    Message,
-    Role,
-    Run,
-    RunError,
     RunFinished,
-    RunState,
     StateChanged,
     StepFinished,
     TextDelta,
     ToolCallsIssued,
     ToolResultAccepted,
 )
-from edge_agent.errors import WorkerError
 from edge_agent.runs.runs import Runs
 from tests.support.scripted_engine import (
     MOVE,

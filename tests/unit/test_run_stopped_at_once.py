@@ -2,17 +2,8 @@
 
 import asyncio
 
-from edge_agent.core import (
-    HaltScope,
-    Limits,
-    Message,
-    Role,
-    RunError,
-    RunFinished,
-    RunSpec,
-    RunState,
-    TextPart,
-)
+from edge_agent.core import HaltScope, Limits, Message, Role, RunError, RunSpec, RunState, TextPart
+from edge_agent.events import RunFinished
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
 from edge_agent.runs.settings import RunSettings

@@ -9,17 +9,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.core import (
-    CancelTool,
-    Event,
-    Halt,
-    HaltScope,
-    RunError,
-    RunFinished,
-    RunState,
-    Snapshot,
-    ToolCallsIssued,
-)
+from edge_agent.core import Halt, HaltScope, RunError, RunState
 from edge_agent.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -29,6 +19,7 @@ from edge_agent.errors import (
     Overloaded,
     Unavailable,
 )
+from edge_agent.events import CancelTool, Event, RunFinished, Snapshot, ToolCallsIssued
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
 from tests.support.scripted_engine import (

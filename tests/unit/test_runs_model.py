@@ -23,19 +23,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from edge_agent.core import (
-    Event,
-    Halt,
-    HaltOutcome,
-    HaltScope,
-    Run,
-    RunError,
-    RunFinished,
-    RunState,
-    TextDelta,
-    ToolCallsIssued,
-)
+from edge_agent.core import Halt, HaltOutcome, HaltScope, Run, RunError, RunState
 from edge_agent.errors import EdgeAgentError, Halted, WorkerError
+from edge_agent.events import Event, RunFinished, TextDelta, ToolCallsIssued
 from edge_agent.runs.halts import HaltLatch, covers_run, covers_tool
 from edge_agent.runs.live import LiveRun
 from edge_agent.runs.loop import RunLoop
