@@ -41,6 +41,7 @@ HEAD = "<!-- Written by `make docs` from proto/edge_agent/v1 and docs/api.yaml: 
 WHERE = {
     "call": "a call",
     "run": "a run",
+    "tool": "a tool result",
     "engine": "an engine",
     "command": "a command",
     "client": "the Python client",

@@ -48,25 +48,41 @@ class BlobPart(msgspec.Struct, frozen=True, tag="blob"):
 Part = TextPart | BlobPart
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Fence:
+    """Orders calls: `epoch` rises with each start of the daemon, `sequence` with each call.
+
+    A driver that has seen a higher one refuses the call (fencing tokens: Kleppmann 2016).
+    """
+
+    epoch: int
+    sequence: int
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One invocation that the model decided on; `arguments_json` is a JSON object."""
+    """One invocation that the model decided on; `arguments_json` is a JSON object.
+
+    `fence` is set where its tool uses resources.
+    """
 
     id: str
     name: str
     arguments_json: str
     valid_for_s: float | None = None
     observed_ago_s: float | None = None
+    fence: Fence | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What came of a tool call."""
+    """What came of a tool call; `error` says why the daemon did not have it executed."""
 
     tool_call_id: str
     parts: tuple[Part, ...]
     is_error: bool = False
     cancelled: bool = False
+    error: "RunError | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +129,32 @@ class Executor(enum.StrEnum):
     DAEMON = "DAEMON"
 
 
+class Lifecycle(enum.StrEnum):
+    """How long a tool's doing lasts.
+
+    INSTANT: with the result all is done. BACKGROUND: the result says that it has begun, and updates
+    tell of the rest.
+    """
+
+    INSTANT = "INSTANT"
+    BACKGROUND = "BACKGROUND"
+
+
+class ToolStrategy(enum.StrEnum):
+    """How a step gets a model to choose among tools; `decoding.steps` says what each does."""
+
+    NATIVE = "native"
+    SCHEMA = "schema"
+    RANKED = "ranked"
+    RANKED_FULL = "ranked_full"
+
+
 @dataclass(frozen=True, slots=True)
 class Tool:
     """Something that can be done for the model.
 
-    Calls of a tool with `needs_approval` wait until somebody has approved them.
+    Calls of a tool with `needs_approval` wait until somebody has approved them. `resources` are
+    what a call has to itself. `verify` names the tool that tells whether a call acted.
     """
 
     name: str
@@ -129,6 +166,9 @@ class Tool:
     side_effect: SideEffect = SideEffect.NON_IDEMPOTENT
     executor: Executor = Executor.CALLER
     needs_approval: bool = False
+    lifecycle: Lifecycle = Lifecycle.INSTANT
+    resources: tuple[str, ...] = ()
+    verify: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +227,7 @@ class RunSpec:
     agent: str = ""
     priority: Priority = Priority.NORMAL
     durable: bool = False
+    tool_strategy: ToolStrategy | None = None
 
 
 class RunState(enum.StrEnum):
@@ -281,6 +322,7 @@ class StepRequest:
 
     `answer_only` closes every branch but the answer (the last step that a run may take).
     `resume_text` is what the model has written already of a free text: it goes on after it.
+    `tool_strategy` None: the engine's own.
     """
 
     messages: tuple[Message, ...]
@@ -290,17 +332,22 @@ class StepRequest:
     max_output_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     resume_text: str = ""
+    tool_strategy: ToolStrategy | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the model decided: a text, or tool calls whose ids the run assigns."""
+    """What the model decided: a text, or tool calls whose ids the run assigns.
+
+    `repaired`: what it decided first was invalid, and it was shown why.
+    """
 
     text: str
     tool_calls: tuple[ToolCall, ...]
     finish_reason: FinishReason
     usage: Usage
     tool_margin: float | None = None
+    repaired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,8 +472,10 @@ class Run:
 
     `created_at_s` and `ended_at_s` are Unix times, for people; waiting uses the monotonic clock.
     `open_tool_calls` wait for the caller's results, `daemon_tool_calls` for the daemon's own, and
-    `unapproved_tool_calls` for somebody's approval. `error` says why it is SUSPENDED or CANCELLING,
-    or why it ended otherwise than by an answer. `result_number` orders what `WaitResults` delivers.
+    `unapproved_tool_calls` for somebody's approval; `background_tool_calls` have begun and go on.
+    `pending_messages` join the transcript once the model's calls have their results. `error` says
+    why it is SUSPENDED or CANCELLING, or why it ended otherwise than by an answer. `result_number`
+    orders what `WaitResults` delivers.
     """
 
     id: str
@@ -450,6 +499,8 @@ class Run:
     durable: bool = False
     daemon_tool_calls: tuple[ToolCall, ...] = ()
     unapproved_tool_calls: tuple[ToolCall, ...] = ()
+    background_tool_calls: tuple[ToolCall, ...] = ()
+    pending_messages: tuple[Message, ...] = ()
     result_number: int | None = None
 
 

@@ -19,6 +19,7 @@ from edge_agent import __version__, durable, memory_lock, paths
 from edge_agent.api.server import ApiServers
 from edge_agent.config import Config, load_config, needs_restart
 from edge_agent.engines.catalogue import Catalogue
+from edge_agent.epoch import next_epoch
 from edge_agent.errors import ConfigError, LedgerFailed, ManifestError
 from edge_agent.ledger.absent import AbsentLedger
 from edge_agent.ledger.ledger import Ledger
@@ -26,6 +27,7 @@ from edge_agent.notify import ServiceManager
 from edge_agent.observability import logging
 from edge_agent.runs.acknowledged import AcknowledgedRuns, LedgerJournal, LedgerRecords
 from edge_agent.runs.halts import HaltLatch
+from edge_agent.runs.holding import Resources
 from edge_agent.runs.runs import Runs
 from edge_agent.scheduling.footprints import FOOTPRINTS, Footprints
 from edge_agent.scheduling.machine import TelemetryMachine
@@ -48,6 +50,7 @@ from edge_agent.tools.tools import DaemonTools
 
 LAST_GOOD_CONFIG = "config.last-good.yaml"
 HALTS = "halts.json"
+EPOCH = "epoch"
 _CLOSE_STREAMS_S = 2.0
 _STOP_MARGIN_S = 10.0
 
@@ -177,8 +180,8 @@ class Daemon:
             recorder=self._recorder,
             daemon_tools=self._tools,
             records=LedgerRecords(self._ledger),
-            machine=self._recorder,
             journal=journal,
+            resources=Resources(next_epoch(state_dir / EPOCH, self._started_s)),
         )
         self._acknowledged = AcknowledgedRuns(self._runs, self._ledger, journal)
         self._probe = Probe(

@@ -8,6 +8,7 @@
     ├── FailedPrecondition        FAILED_PRECONDITION
     ├── PermissionDenied          PERMISSION_DENIED
     ├── Halted                    FAILED_PRECONDITION
+    ├── ResourceHeld              FAILED_PRECONDITION names the holder
     ├── OutcomeUnknown            ABORTED
     ├── Overloaded                RESOURCE_EXHAUSTED  retryable, says when
     ├── Unavailable               UNAVAILABLE         retryable
@@ -133,6 +134,13 @@ class Halted(EdgeAgentError):
 
     code = "FAILED_PRECONDITION"
     default_reason = "HALTED"
+
+
+class ResourceHeld(EdgeAgentError):
+    """Another call has a resource of the robot for as long as it likes; names the call."""
+
+    code = "FAILED_PRECONDITION"
+    default_reason = "RESOURCE_HELD"
 
 
 class OutcomeUnknown(EdgeAgentError):

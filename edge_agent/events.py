@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from edge_agent.core import (
     FinishReason,
     Message,
+    Part,
     Run,
     RunError,
     RunState,
@@ -81,16 +82,31 @@ class DaemonToolStarted:
 
 @dataclass(frozen=True, slots=True)
 class MessagesAdded:
-    """What whoever resumed the run had to say first."""
+    """What somebody said to the run.
+
+    `pending`: it joins the conversation later, with the next event of this kind that is not.
+    """
 
     messages: tuple[Message, ...]
+    pending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUpdated:
+    """News of a call of a BACKGROUND tool; `done`: it does nothing more."""
+
+    tool_call_id: str
+    parts: tuple[Part, ...]
+    is_error: bool
+    done: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ToolResultAccepted:
-    """A result that a call waited for has come."""
+    """A result that a call waited for has come; `goes_on`: the call does so in the background."""
 
     result: ToolResult
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +118,7 @@ class StepFinished:
     usage: Usage
     finish_reason: FinishReason
     tool_margin: float | None = None
+    repaired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +145,7 @@ EventBody = (
     | ApprovalDecided
     | DaemonToolStarted
     | MessagesAdded
+    | ToolUpdated
     | ToolResultAccepted
     | StepFinished
     | CancelTool

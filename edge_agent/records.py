@@ -79,6 +79,15 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Resolution:
+    """What ended the doubt about a call; `client` is empty for the call's own `verify` tool."""
+
+    client: str
+    evidence: str
+    resolved_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class CallRecord:
     """One tool call of a run. `body` is its arguments and result, as JSON, where it is kept."""
 
@@ -95,3 +104,4 @@ class CallRecord:
     result_class: ResultClass | None = None
     result_bytes: int | None = None
     body: str | None = None
+    resolution: Resolution | None = None

@@ -59,6 +59,7 @@ class RunOptions(TypedDict, total=False):
     agent: str
     priority: core.Priority
     durable: bool
+    tool_strategy: core.ToolStrategy
 
 
 def run_spec(
@@ -91,6 +92,9 @@ def run_spec(
         if "priority" in options
         else run_service_pb2.PRIORITY_UNSPECIFIED,
         durable=options.get("durable"),
+        tool_strategy=convert_response.TOOL_STRATEGIES[options["tool_strategy"]]
+        if "tool_strategy" in options
+        else types_pb2.TOOL_STRATEGY_UNSPECIFIED,
     )
 
 
@@ -113,6 +117,9 @@ def tool(value: core.Tool) -> types_pb2.Tool:
         side_effect=convert_response.SIDE_EFFECTS[value.side_effect],
         executor=types_pb2.EXECUTOR_CALLER,
         needs_approval=value.needs_approval,
+        lifecycle=convert_response.LIFECYCLES[value.lifecycle],
+        resources=value.resources,
+        verify=value.verify,
     )
 
 
@@ -174,6 +181,8 @@ def run(value: run_service_pb2.Run) -> core.Run:
         open_tool_calls=tuple(map(_tool_call, value.open_tool_calls)),
         daemon_tool_calls=tuple(map(_tool_call, value.daemon_tool_calls)),
         unapproved_tool_calls=tuple(map(_tool_call, value.unapproved_tool_calls)),
+        background_tool_calls=tuple(map(_tool_call, value.background_tool_calls)),
+        pending_messages=tuple(map(_message, value.pending_messages)),
         partial_text=value.partial_text,
         answer=value.answer if value.HasField("answer") else None,
         error=run_error(value.error) if value.HasField("error") else None,
@@ -281,9 +290,16 @@ def _body(  # noqa: C901, PLR0911, PLR0912 - one a kind
             started = value.daemon_tool_started
             return events.DaemonToolStarted(started.step, _tool_call(started.tool_call))
         case "messages_added":
-            return events.MessagesAdded(tuple(map(_message, value.messages_added.messages)))
+            added = value.messages_added
+            return events.MessagesAdded(tuple(map(_message, added.messages)), added.pending)
+        case "tool_updated":
+            update = value.tool_updated
+            return events.ToolUpdated(
+                update.tool_call_id, _parts(update.parts), update.is_error, update.done
+            )
         case "tool_result_accepted":
-            return events.ToolResultAccepted(_tool_result(value.tool_result_accepted.result))
+            accepted = value.tool_result_accepted
+            return events.ToolResultAccepted(_tool_result(accepted.result), accepted.goes_on)
         case "step_finished":
             return _step_finished(value.step_finished)
         case "cancel_tool":
@@ -302,6 +318,7 @@ def _step_finished(value: run_service_pb2.StepFinished) -> events.StepFinished:
         usage=usage(value.usage),
         finish_reason=_FINISH_REASONS.get(value.finish_reason, core.FinishReason.UNSPECIFIED),
         tool_margin=value.tool_margin if value.HasField("tool_margin") else None,
+        repaired=value.repaired,
     )
 
 
@@ -353,11 +370,20 @@ def _tool_call(value: types_pb2.ToolCall) -> core.ToolCall:
         arguments_json=value.arguments_json,
         valid_for_s=seconds(value.valid_for) if value.HasField("valid_for") else None,
         observed_ago_s=seconds(value.observed_ago) if value.HasField("observed_ago") else None,
+        fence=core.Fence(value.fence.epoch, value.fence.sequence)
+        if value.HasField("fence")
+        else None,
     )
 
 
 def _tool_result(value: types_pb2.ToolResult) -> core.ToolResult:
-    return core.ToolResult(value.tool_call_id, _parts(value.parts), value.is_error, value.cancelled)
+    return core.ToolResult(
+        tool_call_id=value.tool_call_id,
+        parts=_parts(value.parts),
+        is_error=value.is_error,
+        cancelled=value.cancelled,
+        error=run_error(value.error) if value.HasField("error") else None,
+    )
 
 
 def _memory(value: system_service_pb2.MemoryStatus) -> MemoryStatus:

@@ -9,46 +9,36 @@ from collections.abc import Sequence
 from google.protobuf.duration_pb2 import Duration
 
 from edge_agent.api.convert_conversation import (
-    MAX_ITEMS,
-    check_tool_name,
     check_tools_of,
-    count_items,
     messages_of,
-    parts_of,
 )
+from edge_agent.api.convert_tools import schema_of, tools_of
 from edge_agent.api.ports import RequestLimits
 from edge_agent.api.validation import MAX_NAME_BYTES, Violations, shown
 from edge_agent.core import (
-    Executor,
     HaltScope,
     Limits,
     Message,
-    Part,
     Priority,
     Role,
     RunSpec,
     RunState,
     Sampling,
-    SideEffect,
-    Tool,
-    ToolExample,
-    ToolResult,
+    ToolStrategy,
 )
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.v1 import engine_service_pb2, run_service_pb2, types_pb2
 
-NO_ARGUMENTS = '{"type":"object","properties":{},"additionalProperties":false}'
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 MAX_REASON_BYTES = 256
+MAX_EVIDENCE_BYTES = 1024
 MAX_RESULTS_WAIT_S = 3600.0
 MAX_TOKEN_BYTES = 256
 MIN_WINDOW_S = 0.1
 MAX_WINDOW_S = 3600.0
 MAX_AFTER_LAPSE_S = 86400.0
-MAX_EXAMPLES = 16
 _MAX_UINT32 = 2**32 - 1
-_GRAMMAR_OPTIONS = "x-guidance"
 _STATES = {value: RunState[name[10:]] for name, value in run_service_pb2.RunState.items() if value}
 _SCOPES = {
     value: HaltScope[name[11:]] for name, value in run_service_pb2.HaltScope.items() if value
@@ -56,9 +46,9 @@ _SCOPES = {
 _PRIORITIES = {
     value: Priority[name[9:]] for name, value in run_service_pb2.Priority.items() if value
 } | {run_service_pb2.PRIORITY_UNSPECIFIED: Priority.NORMAL}
-_SIDE_EFFECTS = {
-    value: SideEffect[name[12:]] for name, value in types_pb2.SideEffect.items() if value
-} | {types_pb2.SIDE_EFFECT_UNSPECIFIED: SideEffect.NON_IDEMPOTENT}
+_STRATEGIES = {
+    value: ToolStrategy[name[14:]] for name, value in types_pb2.ToolStrategy.items() if value
+}
 
 
 def run_request(
@@ -86,46 +76,37 @@ def run_request(
     return spec
 
 
-def tool_results(
-    results: Sequence[types_pb2.ToolResult], limits: RequestLimits, prefix: str = "results"
-) -> tuple[ToolResult, ...]:
-    """Results of tool calls. Raises as `run_request` does."""
-    found = Violations()
-    if not results:
-        found.add(prefix, "is empty, at least 1 result expected")
-    items = count_items(results, lambda result: len(result.parts))
-    if not found.count(prefix, items, MAX_ITEMS, "results and parts in all"):
-        found.raise_if_any()
-    seen: set[str] = set()
-    for index, result in enumerate(results):
-        path = f"{prefix}[{index}]"
-        found.name(f"{path}.tool_call_id", result.tool_call_id)
-        if result.tool_call_id in seen:
-            found.add(f"{path}.tool_call_id", f"{shown(result.tool_call_id)} appears twice")
-        seen.add(result.tool_call_id)
-    converted = tuple(
-        ToolResult(
-            tool_call_id=result.tool_call_id,
-            parts=_result_parts(result.parts, limits, found, f"{prefix}[{index}].parts"),
-            is_error=result.is_error,
-            cancelled=result.cancelled,
-        )
-        for index, result in enumerate(results)
-    )
-    found.raise_if_any()
-    return converted
-
-
 def resumption(request: run_service_pb2.ResumeRunRequest) -> tuple[str, tuple[Message, ...]]:
     """The run to resume, and what is to be said first. Raises as `run_request` does."""
     found = Violations()
     found.name("run_id", request.run_id)
-    messages = messages_of(request.messages, found, "messages") if request.messages else ()
-    for index, message in enumerate(messages):
-        if message.role is not Role.USER:
-            found.add(f"messages[{index}].role", f"is {message.role}, user expected")
+    messages = _said_by_users(request.messages, found) if request.messages else ()
     found.raise_if_any()
     return request.run_id, messages
+
+
+def appended(request: run_service_pb2.AppendMessagesRequest) -> tuple[str, tuple[Message, ...]]:
+    """The run, and what is said to it. Raises as `run_request` does."""
+    found = Violations()
+    found.name("run_id", request.run_id)
+    messages = _said_by_users(request.messages, found)
+    found.raise_if_any()
+    return request.run_id, messages
+
+
+def resolution(request: run_service_pb2.ResolveOutcomeRequest) -> tuple[str, str, bool, str]:
+    """Run, tool call, whether it acted, and how that is known. Raises InvalidRequest."""
+    found = Violations()
+    found.name("run_id", request.run_id)
+    found.name("tool_call_id", request.tool_call_id)
+    if request.outcome not in (run_service_pb2.OUTCOME_ACTED, run_service_pb2.OUTCOME_NOT_ACTED):
+        found.add("outcome", f"{request.outcome} is neither ACTED nor NOT_ACTED")
+    if not request.evidence.strip():
+        found.add("evidence", "is empty: say how it is known")
+    found.text("evidence", request.evidence, max_bytes=MAX_EVIDENCE_BYTES)
+    found.raise_if_any()
+    acted = request.outcome == run_service_pb2.OUTCOME_ACTED
+    return request.run_id, request.tool_call_id, acted, request.evidence
 
 
 def decision(request: run_service_pb2.DecideToolCallRequest) -> tuple[str, str, str]:
@@ -234,6 +215,14 @@ def halt(request: run_service_pb2.HaltRequest) -> tuple[HaltScope, str, str]:
     return scope or HaltScope.ALL, request.target, reason
 
 
+def _said_by_users(said: Sequence[types_pb2.Message], found: Violations) -> tuple[Message, ...]:
+    messages = messages_of(said, found, "messages")
+    for index, message in enumerate(messages):
+        if message.role is not Role.USER:
+            found.add(f"messages[{index}].role", f"is {message.role}, user expected")
+    return messages
+
+
 def _spec(
     spec: run_service_pb2.RunSpec, limits: RequestLimits, found: Violations, path: str
 ) -> RunSpec:
@@ -250,14 +239,19 @@ def _spec(
         known = ", ".join(Priority)
         found.add(f"{path}.priority", f"{spec.priority} is no priority, one of {known} expected")
     if spec.output_schema_json:
-        _schema(spec.output_schema_json, found, f"{path}.output_schema_json")
+        schema_of(spec.output_schema_json, found, f"{path}.output_schema_json")
     timeout_s = None
     if spec.HasField("timeout"):
         timeout_s = found.duration_s(f"{path}.timeout", spec.timeout, limits.max_timeout_s)
     messages = messages_of(spec.messages, found, f"{path}.messages")
-    tools = _tools(spec.tools, limits, found, f"{path}.tools")
+    tools = tools_of(spec.tools, limits, found, f"{path}.tools")
     if len(tools) == len(spec.tools):
         check_tools_of(messages, tools, found, f"{path}.messages")
+    strategy = _STRATEGIES.get(spec.tool_strategy)
+    if strategy is None and spec.tool_strategy:
+        known = ", ".join(each.name for each in ToolStrategy)
+        problem = f"{spec.tool_strategy} is no tool strategy, one of {known} expected"
+        found.add(f"{path}.tool_strategy", problem)
     return RunSpec(
         messages=messages,
         engine=engine,
@@ -269,15 +263,8 @@ def _spec(
         agent=spec.agent,
         priority=priority or Priority.NORMAL,
         durable=spec.durable if spec.HasField("durable") else limits.durable,
+        tool_strategy=strategy,
     )
-
-
-def _schema(text: str, found: Violations, path: str) -> dict[str, object] | None:
-    """A JSON object that does not tell the grammar engine what to overlook."""
-    schema = found.json_object(path, text)
-    if schema is not None and _GRAMMAR_OPTIONS in schema:
-        found.add(path, f'"{_GRAMMAR_OPTIONS}" is the daemon\'s own, leave it out')
-    return schema
 
 
 def _limits(asked: types_pb2.Limits, limits: RequestLimits, found: Violations, path: str) -> Limits:
@@ -314,87 +301,3 @@ def _sampling(asked: types_pb2.Sampling, found: Violations, path: str) -> Sampli
             found.add(f"{path}.top_p", f"{top_p:g} is not above 0 and at most 1")
     seed = asked.seed if asked.HasField("seed") else None
     return Sampling(temperature=temperature, top_p=top_p, seed=seed)
-
-
-def _tools(
-    tools: Sequence[types_pb2.Tool], limits: RequestLimits, found: Violations, path: str
-) -> tuple[Tool, ...]:
-    if len(tools) > limits.max_tools:
-        found.add(path, f"{len(tools)} tools, at most {limits.max_tools} allowed (runs.max_tools)")
-        return ()
-    first_at: dict[str, int] = {}
-    for index, tool in enumerate(tools):
-        at = f"{path}[{index}].name"
-        check_tool_name(at, tool.name, found)
-        if tool.name in first_at:
-            found.add(at, f"{shown(tool.name)} is already {path}[{first_at[tool.name]}]")
-        first_at.setdefault(tool.name, index)
-    return tuple(
-        _daemon_tool(tool, limits, found, f"{path}[{index}]")
-        if tool.executor == types_pb2.EXECUTOR_DAEMON
-        else _tool(tool, found, f"{path}[{index}]")
-        for index, tool in enumerate(tools)
-    )
-
-
-def _daemon_tool(tool: types_pb2.Tool, limits: RequestLimits, found: Violations, path: str) -> Tool:
-    """A tool of the allow-list, named and nothing else."""
-    for field, _ in tool.ListFields():
-        if field.name not in ("name", "executor"):
-            found.add(f"{path}.{field.name}", "is set, but the daemon has its own for this tool")
-    allowed = limits.daemon_tools.get(tool.name)
-    if allowed is None:
-        known = ", ".join(sorted(limits.daemon_tools)) or "it has none"
-        found.add(f"{path}.name", f"{shown(tool.name)} is no tool of the daemon's: {known}")
-    return allowed or Tool(tool.name, "", NO_ARGUMENTS, executor=Executor.DAEMON)
-
-
-def _tool(tool: types_pb2.Tool, found: Violations, path: str) -> Tool:
-    found.text(f"{path}.description", tool.description)
-    if tool.executor not in types_pb2.Executor.values():
-        known = ", ".join(Executor)
-        found.add(f"{path}.executor", f"{tool.executor} is no executor, one of {known} expected")
-    if tool.input_schema_json:
-        at = f"{path}.input_schema_json"
-        schema = _schema(tool.input_schema_json, found, at)
-        if schema is not None and schema.get("type") != "object":
-            found.add(at, f'{shown(tool.input_schema_json)} must have "type": "object"')
-    few = found.count(f"{path}.examples", len(tool.examples), MAX_EXAMPLES, "examples")
-    examples = tool.examples if few else ()
-    for index, example in enumerate(examples):
-        at = f"{path}.examples[{index}]"
-        found.text(f"{at}.goal", example.goal)
-        found.text(f"{at}.result", example.result)
-        found.json_object(f"{at}.arguments_json", example.arguments_json)
-    timeout_s = valid_for_s = None
-    if tool.HasField("timeout"):
-        timeout_s = found.duration_s(f"{path}.timeout", tool.timeout)
-    if tool.HasField("valid_for"):
-        valid_for_s = found.duration_s(f"{path}.valid_for", tool.valid_for)
-    side_effect = _SIDE_EFFECTS.get(tool.side_effect)
-    if side_effect is None:
-        known = ", ".join(SideEffect)
-        found.add(
-            f"{path}.side_effect", f"{tool.side_effect} is no side effect, one of {known} expected"
-        )
-    return Tool(
-        name=tool.name,
-        description=tool.description,
-        input_schema_json=tool.input_schema_json or NO_ARGUMENTS,
-        examples=tuple(ToolExample(e.goal, e.arguments_json, e.result) for e in examples),
-        timeout_s=timeout_s,
-        valid_for_s=valid_for_s,
-        side_effect=side_effect or SideEffect.NON_IDEMPOTENT,
-        needs_approval=tool.needs_approval,
-    )
-
-
-def _result_parts(
-    parts: Sequence[types_pb2.Part], limits: RequestLimits, found: Violations, path: str
-) -> tuple[Part, ...]:
-    size = sum(len(part.text.encode()) for part in parts)
-    if size > limits.max_tool_result_bytes:
-        limit = limits.max_tool_result_bytes
-        where = "(runs.max_tool_result_size)"
-        found.add(path, f"{size} bytes of text, at most {limit} allowed {where}")
-    return parts_of(parts, found, path)

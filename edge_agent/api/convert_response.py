@@ -34,6 +34,13 @@ SIDE_EFFECTS = {
 EXECUTORS = {
     executor: types_pb2.Executor.Value(f"EXECUTOR_{executor}") for executor in core.Executor
 }
+LIFECYCLES = {
+    lifecycle: types_pb2.Lifecycle.Value(f"LIFECYCLE_{lifecycle}") for lifecycle in core.Lifecycle
+}
+TOOL_STRATEGIES = {
+    strategy: types_pb2.ToolStrategy.Value(f"TOOL_STRATEGY_{strategy.name}")
+    for strategy in core.ToolStrategy
+}
 _DAEMON_STATES = {
     state: system_service_pb2.DaemonState.Value(f"DAEMON_STATE_{state}") for state in DaemonState
 }
@@ -62,6 +69,9 @@ def tool_call(call: core.ToolCall) -> types_pb2.ToolCall:
         arguments_json=call.arguments_json,
         valid_for=duration(call.valid_for_s),
         observed_ago=duration(call.observed_ago_s),
+        fence=None
+        if call.fence is None
+        else types_pb2.Fence(epoch=call.fence.epoch, sequence=call.fence.sequence),
     )
 
 
@@ -72,6 +82,7 @@ def tool_result(result: core.ToolResult) -> types_pb2.ToolResult:
         parts=parts(result.parts),
         is_error=result.is_error,
         cancelled=result.cancelled,
+        error=run_error(result.error),
     )
 
 
@@ -112,12 +123,9 @@ def fill_run(target: run_service_pb2.Run, value: core.Run, *, with_transcript: b
     if with_transcript:
         for turn in value.transcript:
             _fill_message(target.transcript.add(), turn)
-    if value.open_tool_calls:
-        target.open_tool_calls.extend(map(tool_call, value.open_tool_calls))
-    if value.daemon_tool_calls:
-        target.daemon_tool_calls.extend(map(tool_call, value.daemon_tool_calls))
-    if value.unapproved_tool_calls:
-        target.unapproved_tool_calls.extend(map(tool_call, value.unapproved_tool_calls))
+    _fill_open_calls(target, value)
+    for turn in value.pending_messages:
+        _fill_message(target.pending_messages.add(), turn)
     target.partial_text = value.partial_text
     if value.answer is not None:
         target.answer = value.answer
@@ -158,10 +166,16 @@ def fill_event(  # noqa: C901, PLR0912 - one a kind
         case events.DaemonToolStarted(step=step, tool_call=call):
             target.daemon_tool_started.step = step
             target.daemon_tool_started.tool_call.CopyFrom(tool_call(call))
-        case events.MessagesAdded(messages=messages):
+        case events.MessagesAdded(messages=messages, pending=pending):
+            target.messages_added.pending = pending
             for turn in messages:
                 _fill_message(target.messages_added.messages.add(), turn)
-        case events.ToolResultAccepted(result=result):
+        case events.ToolUpdated() as update:
+            target.tool_updated.tool_call_id = update.tool_call_id
+            target.tool_updated.parts.extend(parts(update.parts))
+            target.tool_updated.is_error, target.tool_updated.done = update.is_error, update.done
+        case events.ToolResultAccepted(result=result, goes_on=goes_on):
+            target.tool_result_accepted.goes_on = goes_on
             target.tool_result_accepted.result.CopyFrom(tool_result(result))
         case events.StepFinished() as finished:
             target.step_finished.CopyFrom(_step_finished(finished))
@@ -225,6 +239,17 @@ def memory(value: MemoryStatus) -> system_service_pb2.MemoryStatus:
     )
 
 
+def _fill_open_calls(target: run_service_pb2.Run, value: core.Run) -> None:
+    if value.open_tool_calls:
+        target.open_tool_calls.extend(map(tool_call, value.open_tool_calls))
+    if value.daemon_tool_calls:
+        target.daemon_tool_calls.extend(map(tool_call, value.daemon_tool_calls))
+    if value.unapproved_tool_calls:
+        target.unapproved_tool_calls.extend(map(tool_call, value.unapproved_tool_calls))
+    if value.background_tool_calls:
+        target.background_tool_calls.extend(map(tool_call, value.background_tool_calls))
+
+
 def _fill_error(target: types_pb2.RunError, error: core.RunError) -> types_pb2.RunError:
     target.reason, target.message = error.reason, error.message
     target.retryable = error.retryable
@@ -280,4 +305,5 @@ def _step_finished(value: events.StepFinished) -> run_service_pb2.StepFinished:
         usage=usage(value.usage),
         finish_reason=value.finish_reason,
         tool_margin=value.tool_margin,
+        repaired=value.repaired,
     )

@@ -3,7 +3,7 @@
 from edge_agent.api import convert_client, convert_response
 from edge_agent.api.spans import seconds
 from edge_agent.core import Executor, SideEffect
-from edge_agent.records import CallRecord, Effect, ResultClass, StepRecord
+from edge_agent.records import CallRecord, Effect, Resolution, ResultClass, StepRecord
 from edge_agent.v1 import run_service_pb2 as pb
 
 _EXECUTORS = {value: name for name, value in convert_response.EXECUTORS.items()}
@@ -49,6 +49,7 @@ def call_record(value: CallRecord) -> pb.ToolCallRecord:
         result_class=value.result_class or "",
         result_bytes=value.result_bytes,
         body_json=value.body,
+        resolution=None if value.resolution is None else _resolution(value.resolution),
     )
 
 
@@ -101,6 +102,21 @@ def _call(run_id: str, value: pb.ToolCallRecord) -> CallRecord:
         result_class=known.get(value.result_class),
         result_bytes=value.result_bytes if value.HasField("result_bytes") else None,
         body=value.body_json if value.HasField("body_json") else None,
+        resolution=Resolution(
+            value.resolution.client,
+            value.resolution.evidence,
+            seconds(value.resolution.resolved_at),
+        )
+        if value.HasField("resolution")
+        else None,
+    )
+
+
+def _resolution(value: Resolution) -> pb.Resolution:
+    return pb.Resolution(
+        client=value.client,
+        evidence=value.evidence,
+        resolved_at=convert_response.timestamp(value.resolved_at_s),
     )
 
 

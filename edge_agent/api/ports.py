@@ -22,7 +22,7 @@ from edge_agent.core import (
     Tool,
     ToolResult,
 )
-from edge_agent.events import Event
+from edge_agent.events import Event, ToolUpdated
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.records import CallRecord, StepRecord
 from edge_agent.status import DaemonStatus, StepWait
@@ -103,6 +103,35 @@ class RunsPort(Protocol):
             NotFound: no such run.
             FailedPrecondition: it is not suspended, or calls that act are open.
             Halted, Unavailable, Overloaded: nothing goes on now.
+        """
+        ...
+
+    async def append(self, run_id: str, messages: tuple[Message, ...]) -> Run:
+        """Say something to a run that goes on.
+
+        Raises:
+            NotFound: no such run.
+            FailedPrecondition: it has ended, or waits for something else than its next step.
+        """
+        ...
+
+    async def update_tool(self, run_id: str, update: ToolUpdated) -> Run:
+        """Take news of a call of a BACKGROUND tool.
+
+        Raises:
+            NotFound: no such run or call.
+            FailedPrecondition: the call does not go on.
+        """
+        ...
+
+    async def resolve(
+        self, run_id: str, call_id: str, *, acted: bool, client: str, evidence: str
+    ) -> CallRecord:
+        """Keep what really came of a call of which nobody knew.
+
+        Raises:
+            NotFound: no such run or call.
+            FailedPrecondition: it is known what came of it.
         """
         ...
 

@@ -12,7 +12,7 @@ from typing import Self
 
 import structlog
 
-from edge_agent.api import convert_request, convert_response, convert_trace
+from edge_agent.api import convert_request, convert_response, convert_tools, convert_trace
 from edge_agent.api.errors import Context
 from edge_agent.api.interceptors import admin_socket_required, current_call
 from edge_agent.api.ports import RequestLimits, RunsPort
@@ -69,7 +69,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
     ) -> pb.SubmitToolResultsResponse:
         """Hand in tool results."""
         run_id = convert_request.run_id(request.run_id)
-        results = convert_request.tool_results(request.results, self._limits())
+        results = convert_tools.tool_results(request.results, self._limits())
         run = await self._runs.submit(run_id, results)
         return pb.SubmitToolResultsResponse(run=convert_response.run(run))
 
@@ -113,6 +113,35 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         run_id, messages = convert_request.resumption(request)
         run = await self._runs.resume(run_id, messages, current_call().client)
         return pb.ResumeRunResponse(run=convert_response.run(run))
+
+    async def AppendMessages(
+        self, request: pb.AppendMessagesRequest, context: Context
+    ) -> pb.AppendMessagesResponse:
+        """Say something to a run that goes on."""
+        run_id, messages = convert_request.appended(request)
+        run = await self._runs.append(run_id, messages)
+        return pb.AppendMessagesResponse(run=convert_response.run(run))
+
+    async def ToolUpdate(
+        self, request: pb.ToolUpdateRequest, context: Context
+    ) -> pb.ToolUpdateResponse:
+        """Take news of a background tool."""
+        run_id, update = convert_tools.tool_update(request, self._limits())
+        run = await self._runs.update_tool(run_id, update)
+        return pb.ToolUpdateResponse(run=convert_response.run(run))
+
+    async def ResolveOutcome(
+        self, request: pb.ResolveOutcomeRequest, context: Context
+    ) -> pb.ResolveOutcomeResponse:
+        """Take what really came of a tool call."""
+        run_id, call_id, acted, evidence = convert_request.resolution(request)
+        call = current_call()
+        if not call.admin and (await self._runs.get(run_id)).client != call.client:
+            raise admin_socket_required("ResolveOutcome for another client's run")
+        record = await self._runs.resolve(
+            run_id, call_id, acted=acted, client=call.client, evidence=evidence
+        )
+        return pb.ResolveOutcomeResponse(tool_call=convert_trace.call_record(record))
 
     async def DecideToolCall(
         self, request: pb.DecideToolCallRequest, context: Context
@@ -209,7 +238,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
             if request.WhichOneof("kind") != "tool_results":
                 problem = "is missing, only the first message is another"
                 raise InvalidRequest.field("tool_results", problem)
-            results = convert_request.tool_results(
+            results = convert_tools.tool_results(
                 request.tool_results.results, self._limits(), "tool_results.results"
             )
             for result in results:

@@ -26,8 +26,14 @@ from edge_agent.core import (
     RunState,
     ToolResult,
 )
-from edge_agent.errors import FailedPrecondition, InvalidRequest, LedgerFailed, LedgerFull
-from edge_agent.events import Event, RunFinished
+from edge_agent.errors import (
+    FailedPrecondition,
+    InvalidRequest,
+    LedgerFailed,
+    LedgerFull,
+    NotFound,
+)
+from edge_agent.events import Event, RunFinished, ToolUpdated
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.ledger.changes import (
     CallRecorded,
@@ -41,7 +47,7 @@ from edge_agent.ledger.changes import (
     StepStarted,
     StoredRun,
 )
-from edge_agent.records import CallRecord, Effect, LoggedText, StepRecord
+from edge_agent.records import CallRecord, Effect, LoggedText, Resolution, StepRecord
 from edge_agent.runs import history, recovery
 from edge_agent.runs.live import LiveRun
 from edge_agent.runs.runs import Runs, request_reused
@@ -221,6 +227,43 @@ class AcknowledgedRuns:
     async def resume(self, run_id: str, messages: tuple[Message, ...], client: str) -> Run:
         """Let a suspended run go on; see `Runs.resume`."""
         return await self._done(run_id, lambda: self._runs.resume(run_id, messages, client))
+
+    async def append(self, run_id: str, messages: tuple[Message, ...]) -> Run:
+        """Say something to a run that goes on; see `Runs.append`."""
+        return await self._done(run_id, lambda: self._runs.append(run_id, messages))
+
+    async def update_tool(self, run_id: str, update: ToolUpdated) -> Run:
+        """Take news of a background call; see `Runs.update_tool`."""
+        return await self._done(run_id, lambda: self._runs.update_tool(run_id, update))
+
+    async def resolve(
+        self, run_id: str, call_id: str, *, acted: bool, client: str, evidence: str
+    ) -> CallRecord:
+        """Keep what really came of a call; what it used of the robot is free then.
+
+        Raises:
+            NotFound: no such run, or it is not on record that it made such a call.
+            FailedPrecondition: reason OUTCOME_KNOWN.
+            LedgerFull, LedgerFailed: it could not be kept.
+        """
+        _steps, calls = await self.trace(run_id)
+        metadata = {"run_id": run_id, "tool_call_id": call_id}
+        record = next((call for call in calls if call.call_id == call_id), None)
+        if record is None:
+            message = f"tool_call_id: run {run_id} has no call {call_id!r} on record"
+            raise NotFound(message, reason="TOOL_CALL_NOT_FOUND", metadata=metadata)
+        if record.effect is not Effect.UNKNOWN:
+            message = f"tool_call_id: what came of {call_id!r} is known: {record.effect}"
+            raise FailedPrecondition(message, reason="OUTCOME_KNOWN", metadata=metadata)
+        resolved = dataclasses.replace(
+            record,
+            effect=Effect.DONE if acted else Effect.FAILED,
+            resolution=Resolution(client, evidence, time.time()),
+        )
+        await self._ledger.commit(CallRecorded(resolved))
+        self._runs.resolved(run_id, call_id)
+        log.info("outcome_resolved", run=run_id, call=call_id, acted=acted, client=client)
+        return resolved
 
     async def decide(
         self, run_id: str, call_id: str, *, approved: bool, client: str, reason: str

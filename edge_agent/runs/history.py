@@ -18,10 +18,11 @@ from edge_agent.events import (
     StepFinished,
     ToolCallsIssued,
     ToolResultAccepted,
+    ToolUpdated,
 )
 
 
-def apply(run: Run, body: EventBody) -> Run:  # noqa: PLR0911 - one a kind
+def apply(run: Run, body: EventBody) -> Run:  # noqa: C901, PLR0911 - one a kind
     """The run after this event."""
     match body:
         case StateChanged(state=state, cause=cause):
@@ -44,10 +45,16 @@ def apply(run: Run, body: EventBody) -> Run:  # noqa: PLR0911 - one a kind
             started = (*_without(run.daemon_tool_calls, call.id), call)
             state = RunState.WAITING_TOOL
             return dataclasses.replace(run, state=state, daemon_tool_calls=started)
-        case ToolResultAccepted(result=result):
-            return _with_result(run, result)
-        case MessagesAdded(messages=messages):
-            return dataclasses.replace(run, transcript=(*run.transcript, *messages))
+        case ToolResultAccepted(result=result, goes_on=goes_on):
+            return _with_result(run, result, goes_on=goes_on)
+        case ToolUpdated():
+            return _with_update(run, body)
+        case MessagesAdded(messages=messages, pending=pending):
+            said = (*run.pending_messages, *messages)
+            if pending:
+                return dataclasses.replace(run, pending_messages=said)
+            transcript = (*run.transcript, *said)
+            return dataclasses.replace(run, transcript=transcript, pending_messages=())
         case RunFinished(run=ended):
             return dataclasses.replace(ended, transcript=run.transcript)
         case _:
@@ -68,22 +75,51 @@ def calls_of(run: Run) -> tuple[ToolCall, ...]:
     return tuple(call for turn in run.transcript for call in turn.tool_calls)
 
 
-def _with_result(run: Run, result: ToolResult) -> Run:
-    """The result's turn goes where its call stands among those of the step."""
-    turn = Message(Role.TOOL, result.parts, (), result.tool_call_id, result.is_error)
-    transcript = [*run.transcript, turn]
-    start = _last_decision(run.transcript)
-    if start is not None:
-        order = {call.id: at for at, call in enumerate(run.transcript[start].tool_calls)}
-        transcript[start + 1 :] = sorted(
-            transcript[start + 1 :], key=lambda turn: order.get(turn.tool_call_id, len(order))
-        )
+def call_of(run: Run, call_id: str) -> ToolCall | None:
+    """The call as it was issued last; None: the run never made it."""
+    issued = (*run.open_tool_calls, *run.daemon_tool_calls, *run.background_tool_calls)
+    return next((call for call in (*issued, *calls_of(run)) if call.id == call_id), None)
+
+
+def _with_result(run: Run, result: ToolResult, *, goes_on: bool) -> Run:
+    call_id = result.tool_call_id
+    background = run.background_tool_calls
+    if goes_on:
+        background += tuple(call for call in run.open_tool_calls if call.id == call_id)
     return dataclasses.replace(
         run,
-        transcript=tuple(transcript),
-        open_tool_calls=_without(run.open_tool_calls, result.tool_call_id),
-        daemon_tool_calls=_without(run.daemon_tool_calls, result.tool_call_id),
+        transcript=_answered(run.transcript, result),
+        open_tool_calls=_without(run.open_tool_calls, call_id),
+        daemon_tool_calls=_without(run.daemon_tool_calls, call_id),
+        background_tool_calls=background,
     )
+
+
+def _answered(transcript: tuple[Message, ...], result: ToolResult) -> tuple[Message, ...]:
+    """The result's turn goes where its call stands among those of the step."""
+    start = _last_decision(transcript)
+    order = {} if start is None else _order(transcript[start])
+    if start is None or result.tool_call_id not in order:
+        return transcript  # a call that the model knows nothing of, such as a verification
+    turn = Message(Role.TOOL, result.parts, (), result.tool_call_id, result.is_error)
+    turns = sorted(
+        (*transcript[start + 1 :], turn), key=lambda turn: order.get(turn.tool_call_id, len(order))
+    )
+    return (*transcript[: start + 1], *turns)
+
+
+def _order(decision: Message) -> dict[str, int]:
+    return {call.id: at for at, call in enumerate(decision.tool_calls)}
+
+
+def _with_update(run: Run, update: ToolUpdated) -> Run:
+    background, pending = run.background_tool_calls, run.pending_messages
+    if update.done:
+        background = _without(background, update.tool_call_id)
+    if update.parts:
+        turn = Message(Role.TOOL, update.parts, (), update.tool_call_id, update.is_error)
+        pending = (*pending, turn)
+    return dataclasses.replace(run, background_tool_calls=background, pending_messages=pending)
 
 
 def _last_decision(transcript: tuple[Message, ...]) -> int | None:

@@ -27,12 +27,13 @@ from edge_agent.core import (
     ToolCall,
     ToolResult,
 )
-from edge_agent.errors import EdgeAgentError, OutcomeUnknown, StepFailed
-from edge_agent.events import MessagesAdded, StateChanged, StepFinished
+from edge_agent.errors import EdgeAgentError, FailedPrecondition, OutcomeUnknown, StepFailed
+from edge_agent.events import MessagesAdded, StateChanged, StepFinished, ToolUpdated
 from edge_agent.records import CallRecord
 from edge_agent.runs import history, limits
 from edge_agent.runs.calls import DaemonTools, ToolCalls
 from edge_agent.runs.halts import HaltLatch
+from edge_agent.runs.holding import Resources
 from edge_agent.runs.live import LiveRun
 from edge_agent.runs.recording import Machine, NoRecords, Records, StepRecorder
 from edge_agent.runs.settings import RunSettings
@@ -76,6 +77,7 @@ class Surroundings:
     daemon_tools: DaemonTools | None = None
     records: Records = field(default_factory=NoRecords)
     machine: Machine | None = None
+    resources: Resources = field(default_factory=Resources)
 
 
 class RunLoop:
@@ -99,7 +101,13 @@ class RunLoop:
         self._recording = recording
         self._recorder = StepRecorder(live.id, live.spec, engine, around.machine, settings.bodies)
         self._calls = ToolCalls(
-            live, around.latch, settings, around.daemon_tools, around.records, self._recorder
+            live,
+            around.latch,
+            settings,
+            around.daemon_tools,
+            around.records,
+            self._recorder,
+            around.resources,
         )
         self._settings = settings
         self._deadline_s: float | None = None
@@ -149,7 +157,21 @@ class RunLoop:
         if messages:
             self.live.emit(MessagesAdded(messages))
         self.live.move_to(RunState.QUEUED)
-        self._calls.observed_s = time.monotonic()
+        self._calls.observed()
+
+    def append(self, messages: tuple[Message, ...]) -> None:
+        """What is said to a run that goes on: its next step reads it.
+
+        Raises:
+            FailedPrecondition: reason RUN_NOT_ACTIVE, it has ended, or is suspended or stopped.
+        """
+        state = self.live.state
+        if state.ended or state in (RunState.SUSPENDED, RunState.CANCELLING):
+            message = f"run {self.live.id} is {state}: it takes no more messages"
+            metadata = {"run_id": self.live.id, "state": state}
+            raise FailedPrecondition(message, reason="RUN_NOT_ACTIVE", metadata=metadata)
+        self.live.emit(MessagesAdded(messages, pending=True))
+        self._calls.observed()
 
     def settle_as(self, state: RunState, error: RunError) -> None:
         """Suspend or end at once a run that nothing drives."""
@@ -159,12 +181,16 @@ class RunLoop:
             self._finish(state, error=error)
 
     def has_open_call(self, tool: str) -> bool:
-        """Whether a call of this tool waits for its result."""
+        """Whether a call of this tool is open, goes on, or waits for its turn."""
         return self._calls.has_open(tool)
 
     def submit(self, results: Sequence[ToolResult]) -> None:
         """Take results of open tool calls; see `ToolCalls.submit`."""
         self._calls.submit(results)
+
+    def update(self, update: ToolUpdated) -> None:
+        """Take news of a background call; see `OpenCalls.update`."""
+        self._calls.update(update)
 
     def decide(self, call_id: str, *, approved: bool, client: str, reason: str) -> None:
         """Approve or deny a call; see `ToolCalls.decide`."""
@@ -214,6 +240,8 @@ class RunLoop:
         if left:  # of the step before it was suspended
             await self._calls.execute(self.live.run.steps, left)
         for step in range(self.live.run.steps + 1, spec.limits.max_steps + 1):
+            if self.live.run.pending_messages:
+                self.live.emit(MessagesAdded(()))
             if error := limits.exceeded(self.live.run, spec):
                 raise StepFailed(error)
             calls_left = spec.limits.max_tool_calls - len(history.calls_of(self.live.run))
@@ -223,10 +251,23 @@ class RunLoop:
             self.live.update(usage=self.live.run.usage.plus(result.usage))
             calls = self._number(result.tool_calls)
             self._step_finished(step, result, calls)
-            if not calls:
+            if calls:
+                await self._calls.execute(step, calls)
+            elif not await self._goes_on(last=step == spec.limits.max_steps):
                 return result.text
-            await self._calls.execute(step, calls)
         raise AssertionError("unreachable: the last step can only answer")
+
+    async def _goes_on(self, *, last: bool) -> bool:
+        """After an answer: whether there is something that the model has not read yet.
+
+        The run waits for its background calls. `last`: no step may follow, so it only waits.
+        """
+        while last or not self.live.run.pending_messages:
+            if not self.live.run.background_tool_calls:
+                return False
+            self.live.move_to(RunState.WAITING_TOOL)
+            await self._calls.news()
+        return True
 
     async def _decide(self, step: int, *, answer_only: bool) -> StepResult:
         spec, run, records = self.live.spec, self.live.run, self._around.records
@@ -237,6 +278,7 @@ class RunLoop:
             answer_only=answer_only,
             max_output_tokens=spec.limits.max_output_tokens,
             sampling=spec.sampling,
+            tool_strategy=spec.tool_strategy,
         )
         if run.durable:
             records.step_started(run.id, step)
@@ -282,7 +324,12 @@ class RunLoop:
         run, usage = self.live.run, result.usage
         self.live.emit(
             StepFinished(
-                step, _message(result, calls), usage, result.finish_reason, result.tool_margin
+                step,
+                _message(result, calls),
+                usage,
+                result.finish_reason,
+                result.tool_margin,
+                result.repaired,
             )
         )
         log.info(
@@ -310,7 +357,9 @@ class RunLoop:
         self.stop(RunState.FAILED, RunError(reason, message, retryable=True))
 
     def _cancel_open_tools(self, error: RunError) -> None:
-        if self.live.run.open_tool_calls and self.live.state is not RunState.CANCELLING:
+        run = self.live.run
+        begun = run.open_tool_calls or run.background_tool_calls
+        if begun and run.state is not RunState.CANCELLING:
             self.live.emit(StateChanged(RunState.CANCELLING, cause=error))
             self._calls.cancel(error)
 
@@ -360,6 +409,8 @@ class RunLoop:
             open_tool_calls=(),
             daemon_tool_calls=(),
             unapproved_tool_calls=(),
+            background_tool_calls=(),
+            pending_messages=(),
             ended_at_s=time.time(),
             telemetry=self._recording.end() if self._recording else None,
         )

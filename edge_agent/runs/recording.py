@@ -20,7 +20,7 @@ from edge_agent.core import (
     ToolResult,
     Usage,
 )
-from edge_agent.records import CallRecord, Effect, ResultClass, StepRecord
+from edge_agent.records import CallRecord, Effect, Resolution, ResultClass, StepRecord
 
 Bodies = Literal["off", "errors", "all"]
 _NOTHING = ("", "{}", "[]", "null", '""')
@@ -124,7 +124,13 @@ class StepRecorder:
     def decided(self, record: StepRecord, result: StepResult, message: Message) -> StepRecord:
         """The same step, once it is decided."""
         body = msgspec.json.encode(message).decode() if self._bodies == "all" else None
-        return self._ended(record, finish=result.finish_reason.value, usage=result.usage, body=body)
+        return self._ended(
+            record,
+            finish=result.finish_reason.value,
+            usage=result.usage,
+            repaired=result.repaired,
+            body=body,
+        )
 
     def failed(self, record: StepRecord, reason: str, message: str) -> StepRecord:
         """The same step, ended by an error."""
@@ -152,8 +158,9 @@ class StepRecorder:
         call: ToolCall,
         result: ToolResult,
         kind: ResultClass | None = None,
+        resolution: Resolution | None = None,
     ) -> CallRecord:
-        """The same call with its result."""
+        """The same call with its result; `resolution`: how that is known, if not at first."""
         text = "".join(part.text for part in result.parts if isinstance(part, TextPart))
         kept = self._bodies == "all" or (self._bodies == "errors" and result.is_error)
         body = {"arguments": msgspec.Raw(call.arguments_json.encode()), "result": text}
@@ -164,6 +171,7 @@ class StepRecorder:
             result_class=kind or _class_of(result, text),
             result_bytes=len(text.encode()),
             body=msgspec.json.encode(body).decode() if kept else None,
+            resolution=resolution,
         )
 
     def lost(self, record: CallRecord, kind: ResultClass | None = None) -> CallRecord:

@@ -67,8 +67,9 @@ def _judge(left: Unfinished, calls: Sequence[CallRecord]) -> Verdict:
             None if goes_on else run.error,
             left.deaths,
         )
-    if run.state is RunState.CANCELLING and run.open_tool_calls:
-        return _outcome_unknown([call.id for call in run.open_tool_calls])
+    begun = (*run.open_tool_calls, *run.background_tool_calls)
+    if run.state is RunState.CANCELLING and begun:
+        return _outcome_unknown([call.id for call in begun])
     if run.state is RunState.CANCELLING and (ended := _stopped_for(run.error)) is not None:
         return Verdict(ended, run.error, left.deaths)
     deaths = left.deaths + (left.running_step is not None)
@@ -101,6 +102,8 @@ def restarted() -> RunError:
 
 def _settled(call: CallRecord, run: Run) -> CallRecord:
     """A call that had begun, with what is known of it now."""
+    if call.call_id in {each.id for each in run.background_tool_calls}:
+        return call
     for turn in run.transcript:
         if turn.tool_call_id == call.call_id:
             effect = Effect.FAILED if turn.is_error else Effect.DONE

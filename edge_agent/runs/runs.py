@@ -35,13 +35,15 @@ from edge_agent.errors import (
     Overloaded,
     Unavailable,
 )
-from edge_agent.events import Event
+from edge_agent.events import Event, ToolUpdated
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.records import CallRecord
 from edge_agent.runs.calls import DaemonTools
 from edge_agent.runs.halting import Halting, halted_by
 from edge_agent.runs.halts import HaltLatch, covers_run
 from edge_agent.runs.heartbeats import Heartbeats
+from edge_agent.runs.holding import Resources
+from edge_agent.runs.holds import Holder
 from edge_agent.runs.live import Journal, LiveRun
 from edge_agent.runs.loop import Recording, RunLoop, Steps, Surroundings
 from edge_agent.runs.recording import Machine, NoRecords, Records
@@ -62,7 +64,7 @@ class Engines(Steps, Protocol):
         ...
 
 
-class Recorder(Protocol):
+class Recorder(Machine, Protocol):
     """Who watches the machine."""
 
     def begin(self) -> Recording:
@@ -82,14 +84,17 @@ class Runs:
         recorder: Recorder | None = None,
         daemon_tools: DaemonTools | None = None,
         records: Records | None = None,
-        machine: Machine | None = None,
         journal: Journal | None = None,
+        resources: Resources | None = None,
     ) -> None:
         """No runs yet. `journal` is where durable runs are written; None: there are none."""
         self.settings = settings
         self._engines = engines
         self._latch = latch
-        self._around = Surroundings(engines, latch, daemon_tools, records or NoRecords(), machine)
+        self._resources = resources or Resources()
+        self._around = Surroundings(
+            engines, latch, daemon_tools, records or NoRecords(), recorder, self._resources
+        )
         self._journal = journal
         self._halting = Halting(latch, self._stop_covered)
         self._heartbeats = Heartbeats(self._stop_client)
@@ -269,6 +274,26 @@ class Runs:
         loop.say(messages)
         self._drive(loop)
         return loop.live.snapshot()
+
+    def append(self, run_id: str, messages: tuple[Message, ...]) -> Run:
+        """Say something to a run that goes on; see `RunLoop.append`."""
+        loop = self._find(run_id)
+        loop.append(messages)
+        return loop.live.snapshot()
+
+    def update_tool(self, run_id: str, update: ToolUpdated) -> Run:
+        """Take news of a background call; see `OpenCalls.update`."""
+        loop = self._find(run_id)
+        loop.update(update)
+        return loop.live.snapshot()
+
+    def resolved(self, run_id: str, call_id: str) -> None:
+        """It is known what came of a call: what it used is free."""
+        self._resources.release(run_id, call_id)
+
+    def holders(self) -> Mapping[str, Holder]:
+        """Which call has what, by resource."""
+        return self._resources.holders()
 
     def decide(self, run_id: str, call_id: str, *, approved: bool, client: str, reason: str) -> Run:
         """Approve or deny a call that waits for it; see `ToolCalls.decide`."""

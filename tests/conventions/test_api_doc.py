@@ -170,20 +170,42 @@ def variables(name: str, connection: Connection) -> Mapping[str, str]:
         return waiting_run(name, connection)
     if name not in {
         f"RunService.{call}"
-        for call in ("SubmitToolResults", "GetRun", "WatchRun", "CancelRun", "GetTrace")
+        for call in (
+            "SubmitToolResults",
+            "GetRun",
+            "WatchRun",
+            "CancelRun",
+            "GetTrace",
+            "AppendMessages",
+            "ToolUpdate",
+            "ResolveOutcome",
+        )
     }:
         return {}
     request = pb.CreateRunRequest()
     example = DATA["rpcs"]["RunService.CreateRun"]["example"]
     json_format.Parse(example, request)
     request.request_id = ""
+    if name == "RunService.ToolUpdate":
+        for tool in request.spec.tools:
+            tool.lifecycle = types_pb2.LIFECYCLE_BACKGROUND
     run_id = connection.runs.CreateRun(request).run.id
     for response in connection.runs.WatchRun(pb.WatchRunRequest(run_id=run_id, after_sequence=0)):
         if response.event.HasField("tool_calls_issued"):
             call_id = response.event.tool_calls_issued.tool_calls[0].id
             if name == "RunService.WatchRun":  # which ends with its run
                 connection.runs.CancelRun(pb.CancelRunRequest(run_id=run_id))
+            if name == "RunService.ToolUpdate":
+                begun = [types_pb2.ToolResult(tool_call_id=call_id)]
+                connection.runs.SubmitToolResults(
+                    pb.SubmitToolResultsRequest(run_id=run_id, results=begun)
+                )
+            if name == "RunService.ResolveOutcome":  # which nobody knows before
+                connection.runs.CancelRun(pb.CancelRunRequest(run_id=run_id))
+                continue
             return {"RUN_ID": run_id, "TOOL_CALL_ID": call_id}
+    if name == "RunService.ResolveOutcome":
+        return {"RUN_ID": run_id, "TOOL_CALL_ID": call_id}
     raise AssertionError("the run ended without a tool call")
 
 
@@ -228,6 +250,9 @@ def expected(name: str) -> tuple[str, ...]:
         "RunService.CancelRun": ("RUN_STATE_CANCELLING",),
         "RunService.ResumeRun": ("RUN_STATE_",),
         "RunService.DecideToolCall": ("RUN_STATE_",),
+        "RunService.AppendMessages": ("pendingMessages", "close the door"),
+        "RunService.ToolUpdate": ("pendingMessages", "The lamp is warm."),
+        "RunService.ResolveOutcome": ("FAILED", "The lamp is off."),
         "RunService.WaitResults": ("{}",),
         "RunService.AckResults": ("{}",),
         "RunService.GetTrace": ("set_lamp", "INTENDED"),

@@ -47,6 +47,7 @@ LAYERS = {
     "child_process": Layer.PURE,
     "config": Layer.PURE,
     "durable": Layer.PURE,
+    "epoch": Layer.PURE,
     "frames": Layer.PURE,
     "heartbeat": Layer.PURE,
     "memory_lock": Layer.PURE,
@@ -97,6 +98,8 @@ LAYERS = {
     "ledger": Layer.OWNER,
     "observability": Layer.OWNER,
     "runs": Layer.OWNER,
+    "runs.holds": Layer.PURE,
+    "runs.verification": Layer.PURE,
     "scheduling": Layer.OWNER,
     "telemetry": Layer.OWNER,
     "tools": Layer.OWNER,
@@ -112,6 +115,8 @@ LAYERS = {
 
 # Modules that decide, with time and chance handed to them: they read no clock and do no I/O.
 DECIDING = (
+    "runs.holds",
+    "runs.verification",
     "heartbeat",
     "ledger.rows",
     "ledger.schema",

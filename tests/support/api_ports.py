@@ -15,6 +15,7 @@ from edge_agent.api.server import ApiServers
 from edge_agent.core import (
     EngineInfo,
     EngineState,
+    Executor,
     Halt,
     HaltOutcome,
     HaltScope,
@@ -23,6 +24,7 @@ from edge_agent.core import (
     RunError,
     RunSpec,
     RunState,
+    SideEffect,
     ToolCall,
     ToolResult,
     Usage,
@@ -46,9 +48,10 @@ from edge_agent.events import (
     StateChanged,
     ToolCallsIssued,
     ToolResultAccepted,
+    ToolUpdated,
 )
 from edge_agent.heartbeat import Heartbeat
-from edge_agent.records import CallRecord, StepRecord
+from edge_agent.records import CallRecord, Effect, Resolution, StepRecord
 from edge_agent.status import DaemonState, DaemonStatus, MemoryStatus, StepWait
 from edge_agent.telemetry.sampler import Sampler
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
@@ -216,6 +219,34 @@ class MemoryRuns:
         self.emit(run_id, MessagesAdded(messages))
         self.emit(run_id, StateChanged(RunState.QUEUED))
         return self._runs[run_id]
+
+    async def append(self, run_id: str, messages: tuple[Message, ...]) -> Run:
+        self.run(run_id)
+        self.emit(run_id, MessagesAdded(messages, pending=True))
+        return await self.get(run_id)
+
+    async def update_tool(self, run_id: str, update: ToolUpdated) -> Run:
+        self.run(run_id)
+        self.emit(run_id, update)
+        return await self.get(run_id)
+
+    async def resolve(
+        self, run_id: str, call_id: str, *, acted: bool, client: str, evidence: str
+    ) -> CallRecord:
+        self.run(run_id)
+        effect = Effect.DONE if acted else Effect.FAILED
+        return CallRecord(
+            run_id=run_id,
+            step=1,
+            call_id=call_id,
+            tool="lamp",
+            executor=Executor.CALLER,
+            side_effect=SideEffect.NON_IDEMPOTENT,
+            arguments_hash="",
+            effect=effect,
+            issued_at_s=1.0,
+            resolution=Resolution(client, evidence, 2.0),
+        )
 
     async def decide(
         self, run_id: str, call_id: str, *, approved: bool, client: str, reason: str

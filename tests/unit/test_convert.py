@@ -16,6 +16,7 @@ from edge_agent.api import (
     convert_conversation,
     convert_request,
     convert_response,
+    convert_tools,
     validation,
 )
 from edge_agent.api.convert_error import error_of, status_of
@@ -85,7 +86,7 @@ def test_what_is_left_out_becomes_the_daemons_default():
         engine="small",
         limits=core.Limits(max_steps=8, max_tool_calls=16),
         timeout_s=60.0,
-        tools=(core.Tool("lamp", "Switches the lamp.", convert_request.NO_ARGUMENTS),),
+        tools=(core.Tool("lamp", "Switches the lamp.", convert_tools.NO_ARGUMENTS),),
     )
 
 
@@ -378,7 +379,7 @@ def test_the_limits_themselves_are_allowed():
 
 
 def results(*values):
-    return convert_request.tool_results(values, LIMITS)
+    return convert_tools.tool_results(values, LIMITS)
 
 
 def test_tool_results_are_checked_as_a_whole():
