@@ -48,6 +48,7 @@ class OpenCalls:
         self._begun: dict[str, CallRecord] = {}
         self._unknown: set[str] = set()
         self._cancelling = False
+        self._told: set[str] = set()
         self.news = Wakeup()
         self.observed_s = time.monotonic()
 
@@ -196,10 +197,12 @@ class OpenCalls:
             self.cancel_one(call, error)
 
     def cancel_one(self, call: ToolCall, error: RunError) -> "asyncio.Future[ToolResult]":
-        """Tell the caller to stop one call; the future is done when that is confirmed."""
+        """Tell the caller to stop one call, once; the future is done when that is confirmed."""
         if call.id not in self._waited:  # it goes on, or is of a run that was suspended
             self._waited[call.id] = asyncio.get_running_loop().create_future()
-        self._live.emit(CancelTool(call.id, error))
+        if call.id not in self._told:
+            self._told.add(call.id)
+            self._live.emit(CancelTool(call.id, error))
         return self._waited[call.id]
 
     async def confirmed(self, timeout_s: float) -> tuple[str, ...]:

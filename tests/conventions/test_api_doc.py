@@ -189,7 +189,7 @@ def variables(name: str, connection: Connection) -> Mapping[str, str]:
     if name == "RunService.ToolUpdate":
         for tool in request.spec.tools:
             tool.lifecycle = types_pb2.LIFECYCLE_BACKGROUND
-    run_id = connection.runs.CreateRun(request).run.id
+    run_id, call_id = connection.runs.CreateRun(request).run.id, ""
     for response in connection.runs.WatchRun(pb.WatchRunRequest(run_id=run_id, after_sequence=0)):
         if response.event.HasField("tool_calls_issued"):
             call_id = response.event.tool_calls_issued.tool_calls[0].id
@@ -204,7 +204,7 @@ def variables(name: str, connection: Connection) -> Mapping[str, str]:
                 connection.runs.CancelRun(pb.CancelRunRequest(run_id=run_id))
                 continue
             return {"RUN_ID": run_id, "TOOL_CALL_ID": call_id}
-    if name == "RunService.ResolveOutcome":
+    if call_id and name == "RunService.ResolveOutcome":
         return {"RUN_ID": run_id, "TOOL_CALL_ID": call_id}
     raise AssertionError("the run ended without a tool call")
 
