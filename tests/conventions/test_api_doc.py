@@ -136,6 +136,21 @@ def example_of() -> Mapping[str, str]:
     }
 
 
+NEED_A_CALL = {
+    f"RunService.{call}"
+    for call in (
+        "SubmitToolResults",
+        "GetRun",
+        "WatchRun",
+        "CancelRun",
+        "GetTrace",
+        "AppendMessages",
+        "ToolUpdate",
+        "ResolveOutcome",
+    )
+}
+
+
 def test_every_call_has_an_example(example_of: Mapping[str, str]) -> None:
     assert list(example_of) == CALLS
 
@@ -168,20 +183,11 @@ def variables(name: str, connection: Connection) -> Mapping[str, str]:
         return {"HALT_ID": halt.halt_id}
     if name in {"RunService.ResumeRun", "RunService.DecideToolCall"}:
         return waiting_run(name, connection)
-    if name not in {
-        f"RunService.{call}"
-        for call in (
-            "SubmitToolResults",
-            "GetRun",
-            "WatchRun",
-            "CancelRun",
-            "GetTrace",
-            "AppendMessages",
-            "ToolUpdate",
-            "ResolveOutcome",
-        )
-    }:
-        return {}
+    return run_with_a_call(name, connection) if name in NEED_A_CALL else {}
+
+
+def run_with_a_call(name: str, connection: Connection) -> Mapping[str, str]:
+    """A run whose model has called a tool, and what the example needs of it beyond that."""
     request = pb.CreateRunRequest()
     example = DATA["rpcs"]["RunService.CreateRun"]["example"]
     json_format.Parse(example, request)
@@ -191,22 +197,19 @@ def variables(name: str, connection: Connection) -> Mapping[str, str]:
             tool.lifecycle = types_pb2.LIFECYCLE_BACKGROUND
     run_id, call_id = connection.runs.CreateRun(request).run.id, ""
     for response in connection.runs.WatchRun(pb.WatchRunRequest(run_id=run_id, after_sequence=0)):
-        if response.event.HasField("tool_calls_issued"):
-            call_id = response.event.tool_calls_issued.tool_calls[0].id
-            if name == "RunService.WatchRun":  # which ends with its run
-                connection.runs.CancelRun(pb.CancelRunRequest(run_id=run_id))
-            if name == "RunService.ToolUpdate":
-                begun = [types_pb2.ToolResult(tool_call_id=call_id)]
-                connection.runs.SubmitToolResults(
-                    pb.SubmitToolResultsRequest(run_id=run_id, results=begun)
-                )
-            if name == "RunService.ResolveOutcome":  # which nobody knows before
-                connection.runs.CancelRun(pb.CancelRunRequest(run_id=run_id))
-                continue
-            return {"RUN_ID": run_id, "TOOL_CALL_ID": call_id}
-    if call_id and name == "RunService.ResolveOutcome":
-        return {"RUN_ID": run_id, "TOOL_CALL_ID": call_id}
-    raise AssertionError("the run ended without a tool call")
+        if not response.event.HasField("tool_calls_issued"):
+            continue
+        call_id = response.event.tool_calls_issued.tool_calls[0].id
+        if name in {"RunService.WatchRun", "RunService.ResolveOutcome"}:
+            connection.runs.CancelRun(pb.CancelRunRequest(run_id=run_id))  # nobody confirms it
+        if name == "RunService.ToolUpdate":
+            begun = [types_pb2.ToolResult(tool_call_id=call_id)]
+            results = pb.SubmitToolResultsRequest(run_id=run_id, results=begun)
+            connection.runs.SubmitToolResults(results)
+        if name != "RunService.ResolveOutcome":  # which is for a run that has ended
+            break
+    assert call_id, "the run ended without a tool call"
+    return {"RUN_ID": run_id, "TOOL_CALL_ID": call_id}
 
 
 def waiting_run(name: str, connection: Connection) -> Mapping[str, str]:
