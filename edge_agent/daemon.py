@@ -42,7 +42,7 @@ from edge_agent.settings import (
     scheduler_settings,
     tools_settings,
 )
-from edge_agent.status import DaemonState, DaemonStatus
+from edge_agent.status import DaemonState, DaemonStatus, HoldStatus
 from edge_agent.telemetry.recorder import Recorder
 from edge_agent.telemetry.sampler import Sampler
 from edge_agent.telemetry.snapshot import TelemetrySnapshot
@@ -250,6 +250,7 @@ class Daemon:
             waiting_steps=waiting,
             running_steps=running,
             halts=self._runs.halts(),
+            holds=self._holds(),
             config_path=str(path) if path else "",
         )
 
@@ -305,6 +306,20 @@ class Daemon:
         # Engines first: the lock goes with the servers, and who takes it next needs the memory.
         await self._scheduler.stop()
         await self._servers.stop(_CLOSE_STREAMS_S)
+
+    def _holds(self) -> tuple[HoldStatus, ...]:
+        return tuple(
+            HoldStatus(
+                resource=resource,
+                run_id=holder.run_id,
+                tool_call_id=holder.call_id,
+                tool=holder.tool,
+                client=holder.client,
+                agent=holder.agent,
+                holding=holder.holding.value,
+            )
+            for resource, holder in sorted(self._runs.holders().items())
+        )
 
     def _set_limits(self) -> None:
         """What requests may ask for, as the configuration and the tools that are up have it."""

@@ -77,6 +77,19 @@ class MemoryStatus:
     level: str
 
 
+@dataclass(frozen=True, slots=True)
+class HoldStatus:
+    """Which tool call has a resource; `holding` as `runs.holds.Holding` names it."""
+
+    resource: str
+    run_id: str
+    tool_call_id: str
+    tool: str
+    client: str
+    agent: str
+    holding: str
+
+
 class DaemonState(enum.StrEnum):
     """Whether the daemon accepts runs. UNSPECIFIED as in `RunState`."""
 
@@ -105,3 +118,4 @@ class DaemonStatus:
     memory: MemoryStatus | None = None
     waiting_steps: int = 0
     running_steps: int = 0
+    holds: tuple[HoldStatus, ...] = ()

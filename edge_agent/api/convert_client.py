@@ -18,7 +18,7 @@ from edge_agent.api import convert_response
 from edge_agent.api.convert_telemetry import run_telemetry
 from edge_agent.api.spans import filled, seconds
 from edge_agent.heartbeat import Heartbeat
-from edge_agent.status import DaemonState, DaemonStatus, MemoryStatus
+from edge_agent.status import DaemonState, DaemonStatus, HoldStatus, MemoryStatus
 from edge_agent.v1 import run_service_pb2, system_service_pb2, types_pb2
 
 _ROLES = {types_pb2.Role.Value(f"ROLE_{role.name}"): role for role in core.Role}
@@ -131,6 +131,37 @@ def resume_request(
     return run_service_pb2.ResumeRunRequest(run_id=run_id, messages=said)
 
 
+def append_request(
+    run_id: str, messages: Iterable[core.Message]
+) -> run_service_pb2.AppendMessagesRequest:
+    """The request to say something to a run."""
+    said = map(convert_response.message, messages)
+    return run_service_pb2.AppendMessagesRequest(run_id=run_id, messages=said)
+
+
+def update_request(run_id: str, update: events.ToolUpdated) -> run_service_pb2.ToolUpdateRequest:
+    """News of a call that goes on in the background."""
+    return run_service_pb2.ToolUpdateRequest(
+        run_id=run_id,
+        tool_call_id=update.tool_call_id,
+        parts=convert_response.parts(update.parts),
+        is_error=update.is_error,
+        done=update.done,
+    )
+
+
+def resolve_request(
+    run_id: str, tool_call_id: str, evidence: str, *, acted: bool
+) -> run_service_pb2.ResolveOutcomeRequest:
+    """What really came of a call."""
+    return run_service_pb2.ResolveOutcomeRequest(
+        run_id=run_id,
+        tool_call_id=tool_call_id,
+        outcome=run_service_pb2.OUTCOME_ACTED if acted else run_service_pb2.OUTCOME_NOT_ACTED,
+        evidence=evidence,
+    )
+
+
 def results_wanted(
     cursor: int, max_results: int, wait_s: float | None
 ) -> run_service_pb2.WaitResultsRequest:
@@ -216,6 +247,19 @@ def halt(value: run_service_pb2.HaltRecord) -> core.Halt:
     )
 
 
+def hold(value: system_service_pb2.HoldStatus) -> HoldStatus:
+    """Who has a resource."""
+    return HoldStatus(
+        resource=value.resource,
+        run_id=value.run_id,
+        tool_call_id=value.tool_call_id,
+        tool=value.tool,
+        client=value.client,
+        agent=value.agent,
+        holding=value.holding,
+    )
+
+
 def halt_outcome(value: run_service_pb2.HaltResponse) -> core.HaltOutcome:
     """What a Halt did."""
     return core.HaltOutcome(halt(value.halt), value.runs_stopped, value.recorded)
@@ -249,6 +293,7 @@ def status(value: system_service_pb2.GetStatusResponse) -> DaemonStatus:
         engines_loaded=value.engines_loaded,
         max_resident_engines=value.max_resident_engines,
         halts=tuple(halt(latched) for latched in value.halts),
+        holds=tuple(hold(each) for each in value.holds),
         config_path=value.config_path,
         memory=_memory(value.memory) if value.HasField("memory") else None,
         waiting_steps=value.waiting_steps,

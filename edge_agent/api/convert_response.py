@@ -214,6 +214,18 @@ def status(value: DaemonStatus) -> system_service_pb2.GetStatusResponse:
         engines_loaded=value.engines_loaded,
         max_resident_engines=value.max_resident_engines,
         halts=[halt(latched) for latched in value.halts],
+        holds=[
+            system_service_pb2.HoldStatus(
+                resource=each.resource,
+                run_id=each.run_id,
+                tool_call_id=each.tool_call_id,
+                tool=each.tool,
+                client=each.client,
+                agent=each.agent,
+                holding=each.holding,
+            )
+            for each in value.holds
+        ],
         config_path=value.config_path,
         memory=None if value.memory is None else memory(value.memory),
         waiting_steps=value.waiting_steps,

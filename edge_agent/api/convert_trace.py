@@ -58,7 +58,7 @@ def read(
 ) -> tuple[tuple[StepRecord, ...], tuple[CallRecord, ...]]:
     """The records of a run from the wire."""
     steps = tuple(_step(run_id, step) for step in value.steps)
-    return steps, tuple(_call(run_id, call) for call in value.tool_calls)
+    return steps, tuple(read_call(run_id, call) for call in value.tool_calls)
 
 
 def _step(run_id: str, value: pb.StepRecord) -> StepRecord:
@@ -85,8 +85,8 @@ def _step(run_id: str, value: pb.StepRecord) -> StepRecord:
     )
 
 
-def _call(run_id: str, value: pb.ToolCallRecord) -> CallRecord:
-    """What only a newer daemon knows is taken at the worst."""
+def read_call(run_id: str, value: pb.ToolCallRecord) -> CallRecord:
+    """The record of a call from the wire. What only a newer daemon knows is taken at the worst."""
     known = ResultClass.__members__
     return CallRecord(
         run_id=run_id,

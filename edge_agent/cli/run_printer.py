@@ -22,6 +22,7 @@ from edge_agent.events import (
     TextDelta,
     ToolCallsIssued,
     ToolResultAccepted,
+    ToolUpdated,
 )
 
 
@@ -115,8 +116,12 @@ def _lines(event: Event) -> list[str]:  # noqa: PLR0911 - one a kind
             return [f"-> {_call(call)}" for call in calls]
         case DaemonToolStarted(tool_call=call):
             return [f"-> {_call(call)} (executed by the daemon)"]
-        case ToolResultAccepted(result=result):
-            return [f"<- {'error: ' if result.is_error else ''}{_text(result)}"]
+        case ToolResultAccepted(result=result, goes_on=goes_on):
+            more = " (goes on in the background)" if goes_on else ""
+            return [f"<- {'error: ' if result.is_error else ''}{_text(result)}{more}"]
+        case ToolUpdated() as update:
+            what = f"{'error: ' if update.is_error else ''}{_text(update)}"
+            return [f"<~ {update.tool_call_id}{' is done' if update.done else ''}{_because(what)}"]
         case CancelTool(tool_call_id=call_id, reason=reason):
             return [f"!! stop {call_id}: {reason.message}"]
         case ApprovalRequested(tool_calls=calls):
@@ -126,7 +131,7 @@ def _lines(event: Event) -> list[str]:  # noqa: PLR0911 - one a kind
         case StateChanged(state=RunState.SUSPENDED, cause=cause):
             return _suspended(event.run_id, cause)
         case MessagesAdded(messages=messages):
-            return [f"   resumed: {_text(message)}" for message in messages]
+            return [f"   said: {_text(message)}" for message in messages]
         case _:
             return []
 
@@ -152,7 +157,7 @@ def _because(reason: str) -> str:
     return f": {reason}" if reason else ""
 
 
-def _text(said: Message | ToolResult) -> str:
+def _text(said: Message | ToolResult | ToolUpdated) -> str:
     return "".join(part.text for part in said.parts if isinstance(part, TextPart))
 
 

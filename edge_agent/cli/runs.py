@@ -31,7 +31,7 @@ def register(subparsers: Subparsers) -> None:
     """Add `runs` and what is below it."""
     parser = subparsers.add_parser(
         "runs",
-        help="list runs; resume, cancel, approve, deny",
+        help="list runs; resume, cancel, say, approve, deny, resolve",
         description="Shows the newest runs, and decides about those that wait for somebody.",
         epilog="example: edge-agent runs list --state SUSPENDED",
     )
@@ -53,6 +53,18 @@ def register(subparsers: Subparsers) -> None:
     cancel = actions.add_parser("cancel", help="end a run")
     cancel.add_argument("run", metavar="RUN", help=_WHICH)
     _finish(cancel, run_cancel)
+    say = actions.add_parser("say", help="say something to a run that goes on")
+    say.add_argument("run", metavar="RUN", help=_WHICH)
+    say.add_argument("text", metavar="TEXT", help="what its next step is to read")
+    _finish(say, run_say)
+    resolve = actions.add_parser("resolve", help="say what came of a call that nobody knew of")
+    resolve.add_argument("run", metavar="RUN", help=_WHICH)
+    resolve.add_argument("tool_call", metavar="TOOL_CALL", help="such as call-1")
+    acted = resolve.add_mutually_exclusive_group(required=True)
+    acted.add_argument("--acted", action="store_true", dest="acted", help="it did what it should")
+    acted.add_argument("--not-acted", action="store_false", dest="acted", help="it did nothing")
+    resolve.add_argument("--evidence", required=True, metavar="TEXT", help="how that is known")
+    _finish(resolve, run_resolve, "admin")
     for name, approved in (("approve", True), ("deny", False)):
         decide = actions.add_parser(name, help=f"{name} a tool call that waits for it")
         decide.add_argument("run", metavar="RUN", help=_WHICH)
@@ -105,6 +117,23 @@ def run_resume(args: argparse.Namespace) -> int:
         return _told(args, client.resume(args.run, said))
 
 
+def run_say(args: argparse.Namespace) -> int:
+    """Say something to one."""
+    with connect(args) as client:
+        return _told(args, client.append(args.run, (Message(Role.USER, (TextPart(args.text),)),)))
+
+
+def run_resolve(args: argparse.Namespace) -> int:
+    """Say what came of a call."""
+    with connect_admin(args) as client:
+        call = client.resolve(args.run, args.tool_call, acted=args.acted, evidence=args.evidence)
+    if args.json:
+        print_json(call)
+    else:
+        print(f"{call.tool} {call.call_id} of run {call.run_id}: {call.effect}")
+    return 0
+
+
 def run_cancel(args: argparse.Namespace) -> int:
     """Cancel one."""
     with connect(args) as client:
@@ -138,6 +167,8 @@ def _reasons(run: Run) -> Iterator[str]:
     if not run.state.ended:
         for call in run.open_tool_calls:
             yield f"{call.id} waits for its result: {call.name} {call.arguments_json}"
+        for call in run.background_tool_calls:
+            yield f"{call.id} goes on in the background: {call.name} {call.arguments_json}"
     if run.error is not None:
         yield f"{run.error.reason}: {run.error.message}"
 

@@ -78,15 +78,21 @@ def daemon_lines(status: DaemonStatus) -> list[str]:
 
 
 def run_lines(status: DaemonStatus) -> list[str]:
-    """What runs, what waits, and what is halted."""
+    """What runs, what waits, what is halted, and who has what of the robot."""
     counts = ", ".join(f"{count} {state}" for state, count in status.runs.items() if count)
     why = ": `edge-agent explain` says why" if status.waiting_steps else ""
     return [
         f"runs     {counts or 'none'}",
         f"steps    {status.running_steps} running, {status.waiting_steps} waiting{why}",
-    ] + [
-        f"halt     {halt.id} {halt.scope} {halt.target} {halt.reason}".rstrip()
-        for halt in status.halts
+        *(
+            f"halt     {halt.id} {halt.scope} {halt.target} {halt.reason}".rstrip()
+            for halt in status.halts
+        ),
+        *(
+            f"hold     {hold.resource}: {hold.tool} {hold.holding} "
+            f"({hold.tool_call_id} of run {hold.run_id}, {hold.client})"
+            for hold in status.holds
+        ),
     ]
 
 

@@ -114,6 +114,7 @@ def _table(rows: Sequence[Sequence[str]], columns: int) -> Iterator[str]:
 def _step(step: StepRecord) -> tuple[str, ...]:
     used = step.usage
     again = f" attempt {step.attempt}" if step.attempt > 1 else ""
+    again += " repaired" if step.repaired else ""
     return (
         _ms(step.duration_s * 1000),
         _ms(used.queue_s * 1000),
@@ -129,7 +130,11 @@ def _call(call: CallRecord) -> tuple[str, ...]:
     took_ms = None if call.ended_at_s is None else (call.ended_at_s - call.issued_at_s) * 1000
     ended = f"{call.effect} {call.result_class or ''}".strip()
     size = "" if call.result_bytes is None else f", {call.result_bytes} bytes"
-    return _ms(took_ms), "", "", "", "", "", f"{call.tool} {call.call_id}: {ended}{size}"
+    found = ""
+    if call.resolution is not None:
+        found = f", as {call.resolution.client or 'its verify tool'} found: "
+        found += call.resolution.evidence
+    return _ms(took_ms), "", "", "", "", "", f"{call.tool} {call.call_id}: {ended}{size}{found}"
 
 
 def _bodies(steps: Sequence[StepRecord], calls: Sequence[CallRecord]) -> Iterator[str]:

@@ -31,11 +31,12 @@ from edge_agent.core import (
     Message,
     Run,
     RunState,
+    TextPart,
     Tool,
     ToolResult,
 )
 from edge_agent.errors import EdgeAgentError
-from edge_agent.events import Event
+from edge_agent.events import Event, ToolUpdated
 from edge_agent.heartbeat import Heartbeat
 from edge_agent.records import CallRecord, StepRecord
 from edge_agent.status import DaemonStatus, StepWait
@@ -156,6 +157,26 @@ class Client:
         """Let a suspended run go on, with what has changed meanwhile."""
         request = convert.resume_request(run_id, messages)
         return convert.run(self._call(self._runs.ResumeRun, request).run)
+
+    def append(self, run_id: str, messages: Sequence[Message]) -> Run:
+        """Say something to a run that goes on: its next step reads it."""
+        request = convert.append_request(run_id, messages)
+        return convert.run(self._call(self._runs.AppendMessages, request).run)
+
+    def update_tool(
+        self, run_id: str, tool_call_id: str, text: str = "", *, done: bool, is_error: bool = False
+    ) -> Run:
+        """Tell what a BACKGROUND tool's call has found, or that it is `done`."""
+        update = ToolUpdated(tool_call_id, (TextPart(text),) if text else (), is_error, done)
+        request = convert.update_request(run_id, update)
+        return convert.run(self._call(self._runs.ToolUpdate, request).run)
+
+    def resolve(self, run_id: str, tool_call_id: str, *, acted: bool, evidence: str) -> CallRecord:
+        """Say what really came of a call; of another client's run on admin.sock only."""
+        request = convert.resolve_request(run_id, tool_call_id, evidence, acted=acted)
+        return convert_trace.read_call(
+            run_id, self._call(self._runs.ResolveOutcome, request).tool_call
+        )
 
     def decide_tool_call(
         self, run_id: str, tool_call_id: str, *, approved: bool, reason: str = ""

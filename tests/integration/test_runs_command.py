@@ -104,7 +104,7 @@ def test_a_waiting_run_says_what_it_waits_for_and_which_command_helps(runtime_di
     assert err.splitlines()[:-1] == [
         f"!! suspended: {RESTARTED.message}",
         "   edge-agent runs resume run-1",
-        "   resumed: The door is open.",
+        "   said: The door is open.",
         '?? order_part {"part":"bolt"} waits for approval:',
         "   edge-agent runs approve run-1 call-1",
         "   edge-agent runs deny run-1 call-1",

@@ -562,9 +562,11 @@ names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 spans = st.floats(0, 1e6).map(lambda s: round(s, 3))
 states = st.sampled_from([each for each in core.RunState if each is not RunState.UNSPECIFIED])
 parts = st.lists(names.map(TextPart), max_size=2).map(tuple)
-calls = st.lists(
-    st.builds(core.ToolCall, names, names, names, st.none() | spans, st.none() | spans), max_size=2
-).map(tuple)
+fences = st.none() | st.builds(core.Fence, st.integers(0, 2**63), st.integers(0, 2**63))
+some = st.none() | spans
+calls = st.lists(st.builds(core.ToolCall, names, names, names, some, some, fences), max_size=2).map(
+    tuple
+)
 errors = st.builds(core.RunError, names, names, st.booleans(), st.dictionaries(names, names))
 counts = st.integers(0, 2**31)
 usages = st.builds(
@@ -585,19 +587,30 @@ runs = st.builds(
     steps=counts,
     transcript=st.lists(messages, max_size=2).map(tuple),
     open_tool_calls=calls,
+    daemon_tool_calls=calls,
+    unapproved_tool_calls=calls,
+    background_tool_calls=calls,
+    pending_messages=st.lists(messages, max_size=2).map(tuple),
+    durable=st.booleans(),
     partial_text=names,
     answer=st.none() | names,
     error=st.none() | errors,
     usage=usages,
     priority=st.sampled_from(core.Priority),
 )
-results_ = st.builds(core.ToolResult, names, parts, st.booleans(), st.booleans())
+results_ = st.builds(
+    core.ToolResult, names, parts, st.booleans(), st.booleans(), st.none() | errors
+)
 bodies = st.one_of(
     st.builds(events.Snapshot, runs),
     st.builds(events.StateChanged, states, st.none() | st.just(0.5)),
     st.builds(events.TextDelta, counts, names, counts),
     st.builds(events.ToolCallsIssued, counts, calls),
-    st.builds(events.ToolResultAccepted, results_),
+    st.builds(events.ToolResultAccepted, results_, st.booleans()),
+    st.builds(events.ToolUpdated, names, parts, st.booleans(), st.booleans()),
+    st.builds(events.MessagesAdded, st.lists(messages, max_size=2).map(tuple), st.booleans()),
+    st.builds(events.ApprovalRequested, counts, calls),
+    st.builds(events.ApprovalDecided, names, st.booleans(), names, names),
     st.builds(
         events.StepFinished,
         counts,
@@ -605,6 +618,7 @@ bodies = st.one_of(
         usages,
         st.sampled_from(core.FinishReason),
         st.none() | spans,
+        st.booleans(),
     ),
     st.builds(events.CancelTool, names, errors),
     st.builds(events.RunFinished, runs),
@@ -801,3 +815,96 @@ def test_a_huge_error_fits_into_trailing_metadata():
 
 def test_half_a_surrogate_pair_in_an_error_does_not_break_it():
     assert there_and_back(NotFound("\ud800")).message == "?"
+
+
+# --- tools that use resources, go on in the background, or are looked at afterwards ---
+
+
+def look(**changes):
+    return tool(name="look", side_effect=t.SIDE_EFFECT_NONE, **changes)
+
+
+@pytest.mark.parametrize(
+    ("tools", "fields"),
+    [
+        ([tool(resources=["Arm"])], {"spec.tools[0].resources[0]"}),
+        ([tool(resources=["arm", "arm"])], {"spec.tools[0].resources[1]"}),
+        ([tool(resources=[f"r{n}" for n in range(17)])], {"spec.tools[0].resources"}),
+        ([tool(lifecycle=9)], {"spec.tools[0].lifecycle"}),
+        ([tool(verify="nobody")], {"spec.tools[0].verify"}),
+        ([tool(verify="look"), tool(name="look")], {"spec.tools[0].verify"}),
+        ([tool(verify="look"), look(resources=["arm"])], {"spec.tools[0].verify"}),
+        (
+            [tool(verify="look"), look(lifecycle=t.LIFECYCLE_BACKGROUND)],
+            {"spec.tools[0].verify"},
+        ),
+        ([tool(verify="look"), look(needs_approval=True)], {"spec.tools[0].verify"}),
+    ],
+)
+def test_a_tool_that_can_not_be_so_is_refused_by_name(tools, fields):
+    assert set(violations(spec(tools=tools))) == fields
+
+
+def test_a_tool_arrives_with_what_it_uses():
+    asked = tool(resources=["arm", "base.left"], lifecycle=t.LIFECYCLE_BACKGROUND, verify="look")
+    made = convert(spec(tools=[asked, look()])).tools[0]
+    assert made.resources == ("arm", "base.left")
+    assert made.lifecycle is core.Lifecycle.BACKGROUND
+    assert made.verify == "look"
+    assert convert_client.tool(made).resources == asked.resources
+
+
+@pytest.mark.parametrize("strategy", core.ToolStrategy)
+def test_a_tool_strategy_arrives(strategy):
+    asked = convert_client.run_spec("go", [], {"tool_strategy": strategy, "engine": "small"})
+    assert convert(asked).tool_strategy is strategy
+
+
+def test_an_unknown_tool_strategy_is_refused_by_name():
+    assert set(violations(spec(tool_strategy=9))) == {"spec.tool_strategy"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "fields"),
+    [
+        (pb.ToolUpdateRequest(run_id="r", tool_call_id="c"), {"parts"}),
+        (pb.ToolUpdateRequest(tool_call_id="c", done=True), {"run_id"}),
+        (pb.ToolUpdateRequest(run_id="r", done=True), {"tool_call_id"}),
+    ],
+)
+def test_an_update_that_tells_nothing_is_refused(request_, fields):
+    with pytest.raises(InvalidRequest) as refused:
+        convert_tools.tool_update(request_, LIMITS)
+    assert {each.field for each in refused.value.violations} == fields
+
+
+def test_an_error_on_a_result_is_the_daemons_own_to_set():
+    sent = t.ToolResult(tool_call_id="c", error=t.RunError(reason="X"))
+    with pytest.raises(InvalidRequest) as refused:
+        convert_tools.tool_results([sent], LIMITS)
+    assert [each.field for each in refused.value.violations] == ["results[0].error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"outcome": pb.OUTCOME_UNSPECIFIED}, "outcome"),
+        ({"evidence": " "}, "evidence"),
+        ({"evidence": "x" * 1025}, "evidence"),
+        ({"run_id": ""}, "run_id"),
+        ({"tool_call_id": ""}, "tool_call_id"),
+    ],
+)
+def test_a_resolution_without_a_ground_is_refused(changes, field):
+    whole = {"run_id": "r", "tool_call_id": "c", "outcome": pb.OUTCOME_ACTED, "evidence": "seen"}
+    with pytest.raises(InvalidRequest) as refused:
+        convert_request.resolution(pb.ResolveOutcomeRequest(**{**whole, **changes}))
+    assert [each.field for each in refused.value.violations] == [field]
+
+
+@pytest.mark.parametrize("role", [t.ROLE_SYSTEM, t.ROLE_TOOL])
+def test_only_users_say_something_to_a_run(role):
+    said = [t.Message(role=role, parts=[t.Part(text="hi")])]
+    with pytest.raises(InvalidRequest) as refused:
+        convert_request.appended(pb.AppendMessagesRequest(run_id="r", messages=said))
+    assert "messages[0].role" in {each.field for each in refused.value.violations}
