@@ -10,7 +10,6 @@ import apsw
 
 from edge_agent.core import Run, RunState
 from edge_agent.errors import LedgerRowCorrupt
-from edge_agent.events import Event
 from edge_agent.ledger import rows
 from edge_agent.ledger.changes import StoredRun
 from edge_agent.records import CallRecord, StepRecord
@@ -111,7 +110,8 @@ def results(
     ended = []
     for row in list(_fetched("outcomes", found)):
         _, run, _, _ = rows.checked("outcomes", row)
-        ended.append(_with_transcript(_stored(connection, run)))
+        stored = _stored(connection, run)
+        ended.append(history.with_transcript(stored.run, stored.events))
     return tuple(ended)
 
 
@@ -190,11 +190,3 @@ def _calls(connection: apsw.Connection, run_id: str) -> Iterator[CallRecord]:
     for number, *row in _fetched("tool_calls", found):
         rows.checked("tool_calls", row)
         yield rows.read_call(number, row[3])
-
-
-def _with_transcript(stored: StoredRun) -> Run:
-    run = stored.run
-    for item in stored.events:
-        if isinstance(item, Event):
-            run = history.apply(run, item.body)
-    return run

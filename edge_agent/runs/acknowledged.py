@@ -147,7 +147,7 @@ class AcknowledgedRuns:
         return len(left)
 
     async def _take_over(self, stored: StoredRun) -> None:
-        run = _whole(stored)
+        run = history.with_transcript(stored.run, stored.events)
         verdict = recovery.judge(
             recovery.Unfinished(run, stored.spec, stored.running_step, stored.deaths, stored.calls)
         )
@@ -394,17 +394,8 @@ class AcknowledgedRuns:
         stored = await self._ledger.find(run_id)
         if stored is None:
             return self._runs.live(run_id)  # raises NotFound
-        run = _whole(stored)
+        run = history.with_transcript(stored.run, stored.events)
         return LiveRun(run, stored.spec, None, _ending_with(run, stored.events))
-
-
-def _whole(stored: StoredRun) -> Run:
-    """The run with its transcript, which follows from its events."""
-    run = dataclasses.replace(stored.run, transcript=())
-    for item in stored.events:
-        if isinstance(item, Event):
-            run = history.apply(run, item.body)
-    return dataclasses.replace(stored.run, transcript=run.transcript)
 
 
 def _ending_with(run: Run, events: Sequence[Event | LoggedText]) -> tuple[Event | LoggedText, ...]:

@@ -11,6 +11,7 @@ from edge_agent.events import (
     ApprovalDecided,
     ApprovalRequested,
     DaemonToolStarted,
+    Event,
     EventBody,
     MessagesAdded,
     RunFinished,
@@ -20,6 +21,7 @@ from edge_agent.events import (
     ToolResultAccepted,
     ToolUpdated,
 )
+from edge_agent.records import LoggedText
 
 
 def apply(run: Run, body: EventBody) -> Run:  # noqa: C901, PLR0911 - one a kind
@@ -59,6 +61,15 @@ def apply(run: Run, body: EventBody) -> Run:  # noqa: C901, PLR0911 - one a kind
             return dataclasses.replace(ended, transcript=run.transcript)
         case _:
             return run
+
+
+def with_transcript(run: Run, happened: Iterable[Event | LoggedText]) -> Run:
+    """A run that was kept without its transcript, with that which its events tell."""
+    told = dataclasses.replace(run, transcript=(), pending_messages=())
+    for item in happened:
+        if isinstance(item, Event):
+            told = apply(told, item.body)
+    return dataclasses.replace(run, transcript=told.transcript)
 
 
 def unanswered(run: Run) -> tuple[ToolCall, ...]:

@@ -1,6 +1,8 @@
 """What events make of a run: the same live and read again, whatever their order."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,17 +23,20 @@ from edge_agent.events import (
     ApprovalDecided,
     ApprovalRequested,
     DaemonToolStarted,
+    Event,
     MessagesAdded,
     RunFinished,
     StateChanged,
     StepFinished,
     ToolCallsIssued,
     ToolResultAccepted,
+    ToolUpdated,
 )
 from edge_agent.runs import history
 
 RUN = Run("run", "", "client", "agent", "engine", RunState.QUEUED, 1.0)
 CALLS = tuple(ToolCall(f"call-{n}", "move", "{}") for n in range(1, 5))
+RESULT = ToolResult("call-1", (TextPart("begun"),))
 USER = Message(Role.USER, (TextPart("The door is open now."),))
 
 
@@ -116,3 +121,38 @@ def test_an_ended_run_keeps_its_transcript_where_its_event_has_none():
     run = after(decided(CALLS[0]), answer(CALLS[0]))
     ended = after(RunFinished(RUN), run=run)
     assert ended.transcript == run.transcript
+
+
+def test_a_run_that_was_kept_while_messages_waited_has_each_of_them_once():
+    bodies: list[Any] = [
+        decided(CALLS[0]),
+        MessagesAdded((USER,), pending=True),
+        answer(CALLS[0]),
+        MessagesAdded(()),
+        MessagesAdded((USER,), pending=True),
+    ]
+    live = after(*bodies)
+    happened = [Event(RUN.id, number, body) for number, body in enumerate(bodies, 1)]
+    kept = dataclasses.replace(live, transcript=())
+    assert history.with_transcript(kept, happened) == live
+    assert [turn.role for turn in live.transcript] == [Role.ASSISTANT, Role.TOOL, Role.USER]
+    assert live.pending_messages == (USER,)
+
+
+def test_a_background_call_goes_on_from_its_result_to_its_last_update():
+    call = CALLS[0]
+    begun = after(decided(call), ToolCallsIssued(1, (call,)), ToolResultAccepted(RESULT, True))
+    assert (begun.open_tool_calls, begun.background_tool_calls) == ((), (call,))
+    told = after(ToolUpdated(call.id, (TextPart("a leak"),), False, False), run=begun)
+    assert told.background_tool_calls == (call,)
+    assert [turn.text for turn in told.pending_messages] == ["a leak"]
+    done = after(ToolUpdated(call.id, (), False, True), run=told)
+    assert done.background_tool_calls == ()
+    assert len(done.pending_messages) == 1
+
+
+def test_the_result_of_a_call_that_the_model_did_not_make_is_no_turn():
+    look = ToolCall("call-1-verify", "look", "{}")
+    run = after(decided(CALLS[0]), ToolCallsIssued(1, (look,)), answer(look))
+    assert run.open_tool_calls == ()
+    assert ids(run.transcript) == [""]
