@@ -75,7 +75,7 @@ chaos: setup  ## many more histories of the models, and kills (CHAOS=100 times a
 	  tests/unit/test_ledger_model.py tests/integration/test_ledger_power_cut.py \
 	  tests/integration/test_ledger_kill.py tests/unit/test_durable_model.py
 
-mutate: setup  ## put small bugs into the scheduler's core: its tests must notice (MUTATE='queue budget')
+mutate: setup  ## put small bugs into what decides: its tests must notice (MUTATE='queue budget')
 	$(BIN)/python tests/mutation/mutate.py --limit-s $(MUTATE_S) --jobs $(MUTATE_JOBS) $(MUTATE)
 
 bench: engine  ## run every benchmark; the last JSON line of each goes to build/bench.jsonl

@@ -1,4 +1,4 @@
-"""Mutation testing of the scheduler's pure modules: small bugs are put in, the tests must notice.
+"""Mutation testing of the pure modules that decide: small bugs are put in, the tests must notice.
 
     python tests/mutation/mutate.py [--limit-s 3600] [--jobs 1] [module ...]
 
@@ -41,7 +41,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.mutation.mutants import Mutant, mutants
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = "edge_agent.scheduling"
+OF_RUNS = ("holds", "history", "limits", "recovery", "verification")
+"""Those of `edge_agent.runs`; all others are of `edge_agent.scheduling`."""
 TESTS = ROOT / "tests" / "unit"
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 EXPLAIN = "test_scheduler_explain.py"
@@ -51,6 +52,11 @@ WHOLE = (
     "scheduling/test_planner_model.py::TestPlanner",
 )
 MODULES = {
+    "holds": ("test_holds.py",),
+    "history": ("test_run_history.py",),
+    "limits": ("test_run_limits.py",),
+    "recovery": ("test_run_recovery.py",),
+    "verification": ("test_verification.py",),
     "queue": ("scheduling/test_queue.py",),
     "budget": ("scheduling/test_budget.py",),
     "pressure": ("scheduling/test_pressure.py",),
@@ -127,7 +133,7 @@ class _Module:
 
     def _run(self, mutant: Mutant | None) -> object:
         if mutant is not None:
-            sys.meta_path.insert(0, _Planted(f"{PACKAGE}.{self.name}", mutant.code))
+            sys.meta_path.insert(0, _Planted(_dotted(self.name), mutant.code))
         random.seed(0)
         hypothesis.settings.register_profile(
             "mutation",
@@ -174,8 +180,12 @@ def listed() -> set[str]:
     return set(names)
 
 
+def _dotted(module: str) -> str:
+    return f"edge_agent.{'runs' if module in OF_RUNS else 'scheduling'}.{module}"
+
+
 def _tried(module: str) -> list[Mutant]:
-    path = ROOT / "edge_agent" / "scheduling" / f"{module}.py"
+    path = ROOT.joinpath(*_dotted(module).split(".")).with_suffix(".py")
     return mutants(path.read_text(), module, str(path))
 
 

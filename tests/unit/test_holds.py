@@ -214,3 +214,10 @@ def test_everybody_who_waits_is_served_in_the_end(wanted):
             served.add(going[-1])
     assert served == set(range(len(wanted)))
     assert holds.holders() == {}
+
+
+def test_who_waits_behind_somebody_is_told_of_the_first_of_what_they_share():
+    holds = Holds(1)
+    holds.ask(holder(1), ["lamp"])
+    holds.ask(holder(2), ["arm", "base", "lamp"])
+    assert holds.ask(holder(3), ["base", "arm"]) == Waits("arm", holder(2))

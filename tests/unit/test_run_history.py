@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.core import (
+    Fence,
     FinishReason,
     Message,
     Role,
@@ -28,6 +29,7 @@ from edge_agent.events import (
     RunFinished,
     StateChanged,
     StepFinished,
+    TextDelta,
     ToolCallsIssued,
     ToolResultAccepted,
     ToolUpdated,
@@ -156,3 +158,22 @@ def test_the_result_of_a_call_that_the_model_did_not_make_is_no_turn():
     run = after(decided(CALLS[0]), ToolCallsIssued(1, (look,)), answer(look))
     assert run.open_tool_calls == ()
     assert ids(run.transcript) == [""]
+
+
+def test_what_says_nothing_of_the_run_leaves_it_as_it_is():
+    assert after(TextDelta(1, "hello", 1)) is RUN
+
+
+def test_a_run_without_calls_has_none_unanswered():
+    assert history.unanswered(RUN) == ()
+    said = dataclasses.replace(RUN, transcript=(USER,))
+    assert history.unanswered(said) == ()
+
+
+def test_a_call_is_found_as_it_was_issued_last():
+    call, issued = CALLS[0], dataclasses.replace(CALLS[0], fence=Fence(1, 7))
+    run = after(decided(*CALLS))
+    assert history.call_of(run, call.id) == call
+    assert history.call_of(run, "call-2") == CALLS[1]
+    assert history.call_of(after(ToolCallsIssued(1, (issued,)), run=run), call.id) == issued
+    assert history.call_of(run, "call-9") is None

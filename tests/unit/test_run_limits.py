@@ -87,3 +87,19 @@ def test_one_call_too_many_names_the_limit():
     assert limits.too_many_calls(run, asked, (call(2),)) is None
     error = limits.too_many_calls(run, asked, (call(2), call(3)))
     assert told(error) == ("TOOL_CALL_LIMIT", {"limit": "2"})
+
+
+@pytest.mark.parametrize(("made", "left"), [(15, 1), (16, 0), (17, 0)])
+def test_too_many_calls_say_how_many_were_left(made, left):
+    run = called(*(call(number, f"tool-{number}") for number in range(made)))
+    error = limits.too_many_calls(run, wanted(), (call(90, "a"), call(91, "b")))
+    assert error is not None
+    assert f"2 tool calls in one step, {left} left" in error.message
+
+
+def test_only_results_that_are_errors_count_as_errors():
+    run = called(call(1), call(2), errors=("call-1",))
+    said = Message(Role.USER, (TextPart("no"),), (), "call-2", is_error=True)
+    fine = Message(Role.TOOL, (TextPart("ok"),), (), "call-2")
+    run = dataclasses.replace(run, transcript=(*run.transcript, said, fine))
+    assert limits.exceeded(run, wanted()) is None

@@ -19,7 +19,7 @@ from edge_agent.core import (
     ToolCall,
 )
 from edge_agent.records import CallRecord, Effect
-from edge_agent.runs.recovery import MAX_DEATHS, Unfinished, judge
+from edge_agent.runs.recovery import MAX_DEATHS, SEQUENCE_GAP, Unfinished, judge
 from tests.support.scripted_engine import spec
 
 RUN = Run("run", "", "client", "agent", "engine", RunState.RUNNING, 1.0, durable=True)
@@ -166,3 +166,52 @@ def test_what_a_stopping_daemon_left_goes_on_where_it_can_do_no_harm(effect, sta
     error = RunError("DAEMON_STOPPING", "the daemon is stopping")
     run = dataclasses.replace(RUN, state=RunState.SUSPENDED, error=error)
     assert judge(left(run, effect)).state is state
+
+
+def test_a_run_of_which_one_tool_acts_waits_though_another_leaves_nothing_behind():
+    what = left()
+    tools = (tool(SideEffect.NONE), dataclasses.replace(tool(SideEffect.IDEMPOTENT), name="grip"))
+    what = dataclasses.replace(what, spec=dataclasses.replace(what.spec, tools=tools))
+    verdict = judge(what)
+    assert verdict.state is RunState.SUSPENDED
+    assert verdict.error is not None
+    assert verdict.error.retryable
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        left(running_step=1, deaths=MAX_DEATHS - 1),
+        left(calls=(call(Effect.INTENDED, SideEffect.NON_IDEMPOTENT, Executor.DAEMON),)),
+    ],
+)
+def test_what_ended_a_run_for_good_is_not_worth_another_try(what):
+    error = judge(what).error
+    assert error is not None
+    assert not error.retryable
+
+
+@pytest.mark.parametrize("deaths", [0, 1])
+def test_a_run_that_is_over_has_no_deaths_to_remember(deaths):
+    begun = call(Effect.INTENDED, SideEffect.NON_IDEMPOTENT, Executor.DAEMON)
+    assert judge(left(deaths=deaths, calls=(begun,))).deaths == 0
+
+
+def test_a_call_that_goes_on_in_the_background_has_begun_and_is_not_done():
+    told = Message(Role.ASSISTANT, (), (CALL,))
+    begun = Message(Role.TOOL, (TextPart("begun"),), (), CALL.id)
+    run = dataclasses.replace(RUN, transcript=(told, begun), background_tool_calls=(CALL,))
+    intended = call(Effect.INTENDED, SideEffect.NON_IDEMPOTENT, Executor.CALLER)
+    assert judge(left(run, calls=(intended,))).calls == (intended,)
+
+
+def test_a_background_call_that_was_being_stopped_has_an_unknown_outcome():
+    run = dataclasses.replace(RUN, state=RunState.CANCELLING, background_tool_calls=(CALL,))
+    verdict = judge(left(run))
+    assert verdict.state is RunState.OUTCOME_UNKNOWN
+    assert verdict.error is not None
+    assert verdict.error.metadata["tool_call_ids"] == "call-1"
+
+
+def test_more_text_deltas_than_a_step_can_have_lie_between_two_daemons():
+    assert SEQUENCE_GAP == 1 << 20
