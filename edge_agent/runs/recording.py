@@ -193,6 +193,8 @@ class StepRecorder:
 def _class_of(result: ToolResult, text: str) -> ResultClass:
     if result.cancelled:
         return ResultClass.CANCELLED
+    if result.error is not None:  # there was a result, and it was not let through
+        return ResultClass.INVALID
     if result.is_error:
         return ResultClass.ERROR
     return ResultClass.EMPTY if text.strip() in _NOTHING else ResultClass.OK

@@ -171,7 +171,9 @@ class Link:
 
     def _answered(self, call: protocol.Call, text: str, *, is_error: bool) -> protocol.Answered:
         instead = bounded(text, self._opening.max_result_bytes)
-        return protocol.Answered(call.id, instead or text, is_error or instead is not None)
+        if instead is not None:
+            return protocol.Answered(call.id, instead, is_error=True, too_large=True)
+        return protocol.Answered(call.id, text, is_error)
 
 
 def _why(error: BaseException) -> str:

@@ -89,8 +89,8 @@ class McpProcess:
 
     async def call(
         self, source: ServerTool, arguments_json: str, timeout_s: float
-    ) -> tuple[str, bool]:
-        """What a tool says, and whether that is an error; to cancel this cancels the call.
+    ) -> protocol.Answered:
+        """What a tool says; to cancel this cancels the call.
 
         Raises:
             ToolNotReady: the server is not up; nothing has begun.
@@ -118,7 +118,7 @@ class McpProcess:
         if isinstance(said, protocol.Failed):
             kind = ToolUnavailable if said.begun else ToolNotReady
             raise kind(f"tool server {source.server}: {said.why}", metadata=metadata)
-        return said.text, said.is_error
+        return said
 
     def require_up(self, source: ServerTool) -> None:
         """Nothing, where a call may be tried.

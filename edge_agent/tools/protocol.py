@@ -91,11 +91,15 @@ class Down(_Message, frozen=True, tag="down"):
 
 
 class Answered(_Message, frozen=True, tag="answered"):
-    """What the tool said, or its own error; no more text than `Open.max_result_bytes`."""
+    """What the tool said, or its own error; no more text than `Open.max_result_bytes`.
+
+    `too_large`: it said more, and `text` tells that.
+    """
 
     id: int
     text: str
     is_error: bool
+    too_large: bool = False
 
 
 class Failed(_Message, frozen=True, tag="failed"):

@@ -1,6 +1,6 @@
 """Results of tools as the model gets them: text, and no more of it than is allowed. Pure."""
 
-from edge_agent.core import TextPart, ToolCall, ToolResult
+from edge_agent.core import RunError, TextPart, ToolCall, ToolResult
 from edge_agent.units import format_size
 
 
@@ -21,4 +21,12 @@ def bounded(text: str, max_bytes: int) -> str | None:
 def result(call: ToolCall, text: str, *, is_error: bool, max_bytes: int) -> ToolResult:
     """The result of a call; an error of its own where it is too large."""
     instead = bounded(text, max_bytes)
-    return ToolResult(call.id, (TextPart(instead or text),), is_error or instead is not None)
+    if instead is not None:
+        return too_large(call, instead)
+    return ToolResult(call.id, (TextPart(text),), is_error)
+
+
+def too_large(call: ToolCall, instead: str) -> ToolResult:
+    """What is given to the model `instead` of a result that is too large."""
+    error = RunError("RESULT_TOO_LARGE", instead)
+    return ToolResult(call.id, (TextPart(instead),), is_error=True, error=error)

@@ -17,7 +17,7 @@ from edge_agent.errors import NotFound, Overloaded, ToolNotReady
 from edge_agent.tools import builtin
 from edge_agent.tools.bucket import Bucket
 from edge_agent.tools.process import McpProcess, ServerState
-from edge_agent.tools.results import result
+from edge_agent.tools.results import result, too_large
 from edge_agent.tools.settings import CLOCK, AllowedTool, Builtin, ServerTool, ToolsSettings
 
 _NO_MCP = "tools.servers: the package mcp is not installed: install edge-agent[mcp]"
@@ -151,8 +151,10 @@ class DaemonTools:
         assert self._process is not None  # noqa: S101 - or the tool would be absent
         self._process.require_up(allowed.source)  # or the call would cost one of its rate
         self._take(call.name)
-        text, is_error = await self._process.call(allowed.source, call.arguments_json, timeout_s)
-        return ToolResult(call.id, (TextPart(text),), is_error)
+        said = await self._process.call(allowed.source, call.arguments_json, timeout_s)
+        if said.too_large:
+            return too_large(call, said.text)
+        return ToolResult(call.id, (TextPart(said.text),), said.is_error)
 
     def _why_absent(self, name: str, allowed: AllowedTool) -> str:
         if self._process is None:

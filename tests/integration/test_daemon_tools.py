@@ -252,6 +252,8 @@ class TestServer:
         answer = shared.call("much", size_bytes=LIMIT_BYTES + 1)
         assert answer.is_error
         assert f"{LIMIT_BYTES + 1} bytes, at most 4KiB" in text(answer)
+        assert answer.error is not None
+        assert answer.error.reason == "RESULT_TOO_LARGE"
 
     def test_gets_the_environment_and_directory_of_the_configuration_alone(self, shared: Shared):
         assert text(shared.call("environment", name="SHELF")) == "7"

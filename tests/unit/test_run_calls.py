@@ -35,6 +35,7 @@ from edge_agent.events import (
 from edge_agent.records import CallRecord, Effect, ResultClass, StepRecord
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
+from edge_agent.tools.results import too_large
 from tests.support.scripted_engine import SETTINGS, ScriptedEngines, result, settle, spec
 
 SCHEMA = '{"type":"object"}'
@@ -538,3 +539,17 @@ def test_a_run_ends_once_whatever_its_tools_do(play):
     bodies = play(scenario)
     assert [type(body) for body in bodies].count(RunFinished) == 1
     assert bodies[-1].run.state is RunState.CANCELLED
+
+
+class TestResultClasses:
+    def test_a_result_that_was_not_let_through_is_on_record_as_invalid(self, play):
+        async def scenario(world):
+            run_id = world.start(CLOCK)
+            await world.decide(("clock", "{}"))
+            call, outcome = await world.tools.next()
+            outcome.set_result(too_large(call, "the result has 9 bytes"))
+            await world.answer()
+            await world.end(run_id)
+            return world.records.of(call.id)[-1]
+
+        assert play(scenario) == (Effect.FAILED, ResultClass.INVALID)

@@ -178,7 +178,10 @@ class TestResults:
 
     def test_a_builtin_is_bounded_too(self):
         tools = tools_of({"device": built_in(DEVICE_STATUS)}, max_result_bytes=20)
-        assert call(tools, "device").is_error
+        answer = call(tools, "device")
+        assert answer.is_error
+        assert answer.error is not None
+        assert answer.error.reason == "RESULT_TOO_LARGE"
 
     @given(st.text(max_size=40), st.integers(min_value=1, max_value=80))
     def test_only_what_fits_is_let_through(self, said: str, max_bytes: int):
