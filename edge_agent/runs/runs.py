@@ -52,6 +52,8 @@ from edge_agent.runs.store import MemoryRunStore
 
 _RETRY_AFTER_S = 1.0
 _STOP_MARGIN_S = 1.0
+_SETTLE_S = 0.1
+"""A disk that is slower delays no Halt's answer: what it shows later is cancelled already."""
 
 log = structlog.get_logger()
 
@@ -335,8 +337,23 @@ class Runs:
         return self._latch.halts()
 
     async def halt(self, scope: HaltScope, target: str, reason: str, client: str) -> HaltOutcome:
-        """Latch a Halt; see `Halting.halt`."""
-        return await self._halting.halt(scope, target, reason, client)
+        """Latch a Halt; see `Halting.halt`.
+
+        Calls of durable runs are shown once they are on disk: those that were on their way by then
+        are shown, with their CancelTool, before this returns.
+        """
+        outcome = await self._halting.halt(scope, target, reason, client)
+        settling = [
+            asyncio.ensure_future(loop.live.settled())
+            for loop, _task in self._active.values()
+            if loop.live.run.durable
+        ]
+        if settling:
+            await asyncio.wait(settling, timeout=_SETTLE_S)
+        for each in settling:
+            each.cancel()
+        await asyncio.gather(*settling, return_exceptions=True)
+        return outcome
 
     async def clear_halt(self, halt_id: str) -> None:
         """Lift a Halt; see `Halting.clear`."""

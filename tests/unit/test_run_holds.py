@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from edge_agent.core import (
     Lifecycle,
     Message,
     Role,
+    Run,
     RunError,
     RunState,
     SideEffect,
@@ -23,6 +25,7 @@ from edge_agent.core import (
 from edge_agent.errors import FailedPrecondition, NotFound
 from edge_agent.events import CancelTool, ToolCallsIssued, ToolUpdated
 from edge_agent.records import Effect, ResultClass
+from edge_agent.runs import runs as owner
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
 from tests.support.scripted_engine import SETTINGS, ScriptedEngines, result, settle
@@ -496,3 +499,70 @@ async def asked_to_verify(world: World, run_id: str) -> ToolCall:
                     if call.name == "holding":
                         return call
     raise AssertionError("nobody was asked to look")
+
+
+class HeldJournal:
+    """A `Journal` whose writes are done when its test says so."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[Exception | None], None]] = []
+        self.open = False
+
+    def write(self, _run: Run, _events: object, done: Callable[[Exception | None], None]) -> None:
+        self.waiting.append(done)
+        if self.open:
+            self.release()
+
+    def release(self) -> None:
+        self.open = True
+        while self.waiting:
+            self.waiting.pop(0)(None)
+
+
+class TestHaltAndTheDisk:
+    def play(self, tmp_path: Path, scenario: Any) -> Any:
+        async def bounded() -> Any:
+            engines, journal = ScriptedEngines(), HeldJournal()
+            latch = HaltLatch(tmp_path / "halts.json")
+            runs = Runs(engines, latch, SETTINGS, journal=journal)
+            async with asyncio.timeout(20):
+                return await scenario(World(runs, engines, ScriptedTools(), KeptRecords()), journal)
+
+        return asyncio.run(bounded())
+
+    def test_a_halt_returns_once_what_was_on_its_way_to_be_shown_is_shown(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(owner, "_SETTLE_S", 10.0)
+
+        async def scenario(world, journal):
+            run_id = world.start(LOOK, durable=True)
+            await world.decide(("look", "{}"))
+            halting = asyncio.create_task(world.runs.halt(HaltScope.ALL, "", "", "test"))
+            early, _ = await asyncio.wait({halting}, timeout=0.05)
+            journal.release()
+            await halting
+            live = world.runs.live(run_id)
+            return early, [type(event.body) async for event in shown(live)]
+
+        early, bodies = self.play(tmp_path, scenario)
+        assert early == set()
+        assert bodies.index(ToolCallsIssued) < bodies.index(CancelTool)
+
+    def test_a_disk_that_does_not_answer_holds_up_no_halt(self, tmp_path):
+        async def scenario(world, _journal):
+            world.start(LOOK, durable=True)
+            await world.decide(("look", "{}"))
+            return await world.runs.halt(HaltScope.ALL, "", "", "test")
+
+        assert self.play(tmp_path, scenario).runs_stopped == 1
+
+
+async def shown(live: Any) -> AsyncIterator[Any]:
+    """The events that a follower sees now."""
+    events = live.follow(0)
+    last = live.snapshot().sequence
+    async for event in events:
+        yield event
+        if event.sequence >= last and not hasattr(event.body, "run"):
+            return
