@@ -43,6 +43,14 @@ class NextToken:
     cached_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """The natural-log probability of a text after a prompt, summed over its tokens."""
+
+    logprob: float
+    cached_tokens: int
+
+
 class Cancelled(Exception):
     """The completion was stopped by its cancel event."""
 
@@ -113,6 +121,16 @@ class Backend(Protocol):
         self, prompt: Sequence[int], *, top: int, cancel: threading.Event
     ) -> "NextToken":
         """How likely the `top` likeliest next tokens are. Blocks.
+
+        Raises:
+            Cancelled: `cancel` was set.
+            StepFailed: the library refused or failed.
+        """
+
+    def log_likelihood(
+        self, prompt: Sequence[int], text: str, *, cancel: threading.Event
+    ) -> "Likelihood":
+        """How likely it is that exactly `text` comes next, whatever the model would prefer. Blocks.
 
         Raises:
             Cancelled: `cancel` was set.

@@ -20,7 +20,13 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.backends.base import Cancelled, Completion, LoadOptions, NextToken
+from edge_agent.backends.base import (
+    Cancelled,
+    Completion,
+    Likelihood,
+    LoadOptions,
+    NextToken,
+)
 from edge_agent.core import RunError, Sampling
 from edge_agent.engines.manifest import Manifest
 from edge_agent.errors import LoadFailed, StepFailed
@@ -184,6 +190,36 @@ class LlamaCpp:
         if not found:
             raise StepFailed(RunError("ENGINE_FAILED", "llama.cpp gave no log-probabilities", True))
         return NextToken(found, cached_tokens)
+
+    def log_likelihood(
+        self, prompt: Sequence[int], text: str, *, cancel: threading.Event
+    ) -> Likelihood:
+        """A grammar forces the text; the logits are those before it."""
+        body = {
+            "prompt": list(prompt),
+            "max_tokens": len(text.encode()) + 1,  # no token is less than a byte
+            "temperature": 0,
+            "logprobs": 1,
+            "grammar": f"%llguidance {{}}\nstart: {json.dumps(text)}",
+        }
+        found: list[float] = []
+        cached_tokens = 0
+        written = ""
+
+        def take(chunk: _Chunk) -> None:
+            nonlocal cached_tokens, written
+            if chunk.timings is not None:
+                cached_tokens = chunk.timings.cache_n
+            for choice in chunk.choices:
+                if choice.text:
+                    written += choice.text
+                    content = (choice.logprobs or {}).get("content", ())
+                    found.extend(token["logprob"] for token in content)
+
+        self._stream(body, cancel, take)
+        if written != text or not found:
+            raise StepFailed(RunError("ENGINE_FAILED", "llama.cpp gave no log-probabilities", True))
+        return Likelihood(sum(found), cached_tokens)
 
     def drop_cache(self) -> None:
         """The library can't: what the slots and the prefix cache hold stays until the end."""

@@ -14,6 +14,7 @@ from typing import Annotated, Final, Literal, get_args
 import msgspec
 from msgspec import Meta
 
+from edge_agent.core import ToolStrategy
 from edge_agent.errors import ManifestError
 
 SCHEMA: Final = 1
@@ -98,16 +99,29 @@ class PromptFormat(Strict, frozen=True, kw_only=True):
     default_system: str
 
 
-class ToolFormat(Strict, frozen=True, kw_only=True):
-    """How tools are shown to the model and chosen.
+class NativeFormat(Strict, frozen=True, kw_only=True):
+    """How a model was trained to call tools.
 
-    `ranked` scores every tool and the answer by the log-probability of the first distinguishing
-    tokens, less their mean after `neutral_goals`; `schema` decodes one JSON union. A tool's worked
-    examples end in `example_answer`; `answer_examples` are goals that need no tool, answered.
+    `instructions` follow the system's text; `{tools}` in them becomes the tools, a JSON object a
+    line. `call` stands around each call, a JSON object with `name` and `arguments`, and `result`
+    around a tool's result.
     """
 
-    strategy: Literal["ranked", "schema"]
     instructions: str
+    call: Turn
+    result: Turn
+
+
+class ToolFormat(Strict, frozen=True, kw_only=True):
+    """How tools are shown to the model and chosen; `decoding.steps` says what each strategy does.
+
+    A tool's worked examples end in `example_answer`; `answer_examples` are goals that need no tool,
+    answered. `neutral_goals` and `top_logprobs` are for the ranked strategies, `native` for native.
+    """
+
+    strategy: ToolStrategy
+    instructions: str
+    native: NativeFormat | None = None
     example_result: str = "ok"
     example_answer: str = "Done."
     answer_examples: tuple[tuple[str, str], ...] = ()
@@ -166,8 +180,20 @@ class Manifest(Strict, frozen=True, kw_only=True):
             raise ManifestError("memory.cache_bytes: must be below steady_bytes")
         if self.memory.prefix_cache_bytes >= self.memory.steady_bytes:
             raise ManifestError("memory.prefix_cache_bytes: must be below steady_bytes")
-        if self.tools.strategy == "ranked" and not self.tools.neutral_goals:
-            raise ManifestError("tools.neutral_goals: the ranked strategy needs at least one")
+        if problem := self.cannot(self.tools.strategy):
+            raise ManifestError(problem)
+
+    def cannot(self, strategy: ToolStrategy) -> str | None:
+        """Why the engine can't choose tools in this way; None if it can."""
+        if strategy in (ToolStrategy.RANKED, ToolStrategy.RANKED_FULL):
+            if not self.tools.neutral_goals:
+                return f"tools.neutral_goals: the {strategy} strategy needs at least one"
+        elif strategy is ToolStrategy.NATIVE:
+            if self.tools.native is None:
+                return "tools.native: is not set, the native strategy needs it"
+            if not (self.tools.native.call.open.strip() and self.tools.native.call.close.strip()):
+                return "tools.native.call: open and close must not be blank"
+        return None
 
 
 def check_name(name: str) -> None:

@@ -333,6 +333,29 @@ class TestLogprobs:
         assert loaded.next_token(prompt, 5).cached_tokens >= len(prompt) - 2
 
 
+class TestLikelihood:
+    def likelihood(self, loaded: Loaded, prompt: list[int], text: str) -> float:
+        found = loaded.backend.log_likelihood(prompt, text, cancel=threading.Event())
+        return found.logprob
+
+    def test_of_one_token_is_that_tokens_log_probability(self, loaded: Loaded):
+        prompt = loaded.prompt("Say a word.", '{"name": "')
+        likeliest = loaded.complete(prompt, max_tokens=1)
+        expected = max(loaded.next_token(prompt, 5).logprobs.values())
+        found = self.likelihood(loaded, prompt, likeliest.text)
+        assert found == pytest.approx(expected, abs=0.05)
+
+    def test_a_text_that_fits_is_likelier_and_a_longer_one_no_likelier(self, loaded: Loaded):
+        prompt = loaded.prompt("What is the capital of France?", "The capital of France is")
+        fits, other = (self.likelihood(loaded, prompt, text) for text in (" Paris", " Lima"))
+        assert other < fits < 0.0
+        assert self.likelihood(loaded, prompt, " Paris and Lima") < fits
+
+    def test_a_text_with_quotes_and_other_scripts_is_gone_through_whole(self, loaded: Loaded):
+        text = '{"name": "größe_\\n", "arguments":'
+        assert self.likelihood(loaded, loaded.prompt("Hello"), text) < 0.0
+
+
 class TestCancelling:
     def test_during_decoding(self, loaded: Loaded):
         cancel, told = threading.Event(), []
@@ -358,6 +381,8 @@ class TestCancelling:
             loaded.complete(loaded.prompt("Hello"), cancel=cancel)
         with pytest.raises(Cancelled):
             loaded.backend.next_token_logprobs(loaded.prompt("Hello"), top=5, cancel=cancel)
+        with pytest.raises(Cancelled):
+            loaded.backend.log_likelihood(loaded.prompt("Hello"), "Hi", cancel=cancel)
 
     @pytest.mark.parametrize("call", ["complete", "next_token_logprobs"])
     def test_during_prefill(self, loaded: Loaded, call: str):

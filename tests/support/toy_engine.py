@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from edge_agent.backends.base import Cancelled, Completion, LoadOptions, NextToken
+from edge_agent.backends.base import Cancelled, Completion, Likelihood, LoadOptions, NextToken
 from edge_agent.backends.llama_cpp import LlamaCpp
 from edge_agent.core import Sampling
 from edge_agent.engines.manifest import Manifest, decode_manifest
@@ -73,6 +73,7 @@ class ToyBackend:
         self.prefers: Callable[[str, str], float] = lambda _prompt, _next: -1.0
         self.completions: list[dict[str, Any]] = []
         self.rankings: list[str] = []
+        self.forced: list[tuple[str, str]] = []
 
     def load(
         self,
@@ -137,6 +138,17 @@ class ToyBackend:
         scores = {ord(c): self.prefers(text, c) for c in map(chr, range(32, 127))}
         likeliest = sorted(scores.items(), key=lambda item: -item[1])[:top]
         return NextToken(dict(likeliest), cached_tokens=len(self.rankings))
+
+    def log_likelihood(
+        self, prompt: Sequence[int], text: str, *, cancel: threading.Event
+    ) -> Likelihood:
+        """The sum of what each character in its place is preferred by."""
+        if cancel.is_set():
+            raise Cancelled
+        shown = text_of(prompt)
+        self.forced.append((shown, text))
+        total = sum(self.prefers(shown + text[:at], text[at]) for at in range(len(text)))
+        return Likelihood(total, cached_tokens=len(self.forced))
 
     def drop_cache(self) -> None:
         """None is kept."""

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.core import Message, Role, TextPart, Tool, ToolCall, ToolExample
-from edge_agent.decoding.prompt import PromptRenderer, result_text, signature
+from edge_agent.decoding.dialects import result_text, signature
+from edge_agent.decoding.prompt import PromptRenderer
 from tests.support.toy_engine import MARKERS, manifest, markers_of, text_of, tokenize
 
 
