@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from edge_agent.cli.output import Subparsers, add_json, add_socket, connect, duration_s
 from edge_agent.cli.run_printer import RunPrinter, note
-from edge_agent.core import Message, Priority, Role, TextPart
+from edge_agent.core import Message, Priority, Role, TextPart, ToolStrategy
 
 if TYPE_CHECKING:
     from edge_agent.client import Client, RunOptions, Tools
@@ -33,7 +33,7 @@ def register(subparsers: Subparsers) -> None:
         type=Path,
         metavar="FILE",
         help="a YAML list of {name, description, input_schema, examples, result, side_effect, "
-        "needs_approval}, or {name, executor: DAEMON} for a tool of the daemon's own",
+        "needs_approval, resources, verify}, or {name, executor: DAEMON} for one of the daemon's",
     )
     parser.add_argument("--system", metavar="TEXT", help="instructions above the conversation")
     parser.add_argument("--max-steps", type=int, metavar="N", help="default: the daemon's")
@@ -44,6 +44,11 @@ def register(subparsers: Subparsers) -> None:
         "--priority",
         choices=[priority.lower() for priority in Priority],
         help="how soon it goes among all runs; batch: whenever there is time (default: normal)",
+    )
+    parser.add_argument(
+        "--tool-strategy",
+        choices=[strategy.value for strategy in ToolStrategy],
+        help="how the model chooses among tools (default: the engine's)",
     )
     parser.add_argument(
         "--durable",
@@ -121,6 +126,8 @@ def _options(args: argparse.Namespace) -> "RunOptions":
         options["timeout_s"] = args.timeout
     if args.priority is not None:
         options["priority"] = Priority[args.priority.upper()]
+    if args.tool_strategy is not None:
+        options["tool_strategy"] = ToolStrategy(args.tool_strategy)
     if args.durable is not None:
         options["durable"] = args.durable
     return options

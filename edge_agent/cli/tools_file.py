@@ -39,6 +39,8 @@ _KEYS: _Keys = {
     "result": _TEXT,
     "side_effect": _Key(SideEffect, "NONE, IDEMPOTENT or NON_IDEMPOTENT"),
     "needs_approval": _Key(bool, "true or false"),
+    "resources": _Key(list, "a list of names"),
+    "verify": _TEXT,
     "executor": _Key(Executor, "CALLER or DAEMON"),
 }
 _EXAMPLE_KEYS: _Keys = {
@@ -142,6 +144,8 @@ def _tool(entry: dict[str, Any]) -> tuple[Tool, str | None]:
         side_effect=SideEffect(entry.get("side_effect", SideEffect.NON_IDEMPOTENT)),
         executor=Executor(entry.get("executor", Executor.CALLER)),
         needs_approval=entry.get("needs_approval", False),
+        resources=tuple(map(str, entry.get("resources", ()))),
+        verify=entry.get("verify", ""),
     )
     return tool, result
 

@@ -22,6 +22,7 @@ from edge_agent.core import (
     TextPart,
     ToolCall,
     ToolResult,
+    ToolStrategy,
 )
 from edge_agent.events import (
     ApprovalDecided,
@@ -146,14 +147,27 @@ def test_a_run_says_whether_it_is_durable_or_leaves_it_to_the_daemon(
 def test_a_tools_file_says_what_a_call_leaves_behind_and_who_executes_it(runtime_dir, tmp_path):
     path = tmp_path / "tools.yaml"
     path.write_text(
-        "- {name: lamp, side_effect: IDEMPOTENT, needs_approval: true, result: ok}\n- {name: arm}\n"
+        "- {name: lamp, side_effect: IDEMPOTENT, needs_approval: true, result: ok}\n"
+        "- {name: arm, resources: [arm, gripper], verify: look}\n"
+        "- {name: look, side_effect: NONE}\n"
     )
     with EdgeThread(runtime_dir, answer) as edge:
         assert main(["run", "hi", "--socket", edge.api, "--tools", str(path)]) == 0
-        lamp, arm = edge.runs.specs["run-1"].tools
+        lamp, arm, _look = edge.runs.specs["run-1"].tools
     assert (lamp.side_effect, lamp.needs_approval) == (SideEffect.IDEMPOTENT, True)
     assert (arm.side_effect, arm.needs_approval) == (SideEffect.NON_IDEMPOTENT, False)
     assert arm.executor is Executor.CALLER
+    assert (arm.resources, arm.verify) == (("arm", "gripper"), "look")
+
+
+@pytest.mark.parametrize(
+    ("words", "strategy"),
+    [("", None), ("--tool-strategy ranked_full", ToolStrategy.RANKED_FULL)],
+)
+def test_how_tools_are_chosen_is_the_callers_to_say(runtime_dir, words, strategy):
+    with EdgeThread(runtime_dir, answer) as edge:
+        assert main(["run", "hi", "--socket", edge.api, *words.split()]) == 0
+        assert edge.runs.specs["run-1"].tool_strategy is strategy
 
 
 def test_what_the_daemon_defines_is_not_defined_in_a_tools_file(tmp_path, capfd):
