@@ -138,11 +138,18 @@ def _built(kind: type[Message], found: dict[str, Any]) -> Message:
         if isinstance(value, Message):
             getattr(message, name).CopyFrom(value)
             getattr(message, name).SetInParent()
+        elif _is_map(kind, name):
+            getattr(message, name).update({entry.key: entry.value for entry in value})
         elif isinstance(value, list):
             getattr(message, name).extend(value)
         else:
             setattr(message, name, value)
     return message
+
+
+def _is_map(kind: type[Message], name: str) -> bool:
+    entry = kind.DESCRIPTOR.fields_by_name[name].message_type
+    return entry is not None and entry.GetOptions().map_entry
 
 
 @dataclass(frozen=True)
