@@ -1,12 +1,8 @@
 """The configuration: one YAML file, checked as a whole, into frozen values.
 
-The only module that imports pydantic. Every error is reported at once, with key path, line, value
-and limit; an unknown key names the nearest known one. Reads the file and nothing else: whether a
-path exists or an engine is installed shows later. `config.example.yaml` holds every key with its
-default, and a test compares the two.
-
-In YAML a duration or size carries its unit in the value (`timeout: 10m`); in Python the unit is in
-the name (`timeout_s`), so those fields have an alias.
+Every error is reported at once, with key path, line, value and limit; an unknown key names the
+nearest known one. Reads the file and nothing else: whether a path exists or an engine is installed
+shows later. `config_sections` holds the keys.
 """
 
 import copy
@@ -14,21 +10,33 @@ import difflib
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError
 
+from edge_agent.config_sections import (
+    NAMED_SECTIONS,
+    AbsolutePath,
+    AllowedTool,
+    EngineName,
+    EngineOverride,
+    Ledger,
+    Log,
+    Runs,
+    Scheduling,
+    Section,
+    Sessions,
+    Shutdown,
+    Telemetry,
+    Tools,
+    ToolServer,
+    Worker,
+    empty_list,
+    empty_mapping,
+    nearest,
+)
 from edge_agent.core import ANSWER, SideEffect
-from edge_agent.engines.manifest import BACKENDS, NAME
 from edge_agent.errors import ConfigError, FieldViolation
 from edge_agent.paths import engines_dir
 from edge_agent.strict_yaml import (
@@ -39,8 +47,8 @@ from edge_agent.strict_yaml import (
     format_path,
     read_yaml,
 )
-from edge_agent.tools.settings import BUILTINS, TOOL_NAME
-from edge_agent.units import KIB, MIB, format_duration, format_size, parse_duration, parse_size
+from edge_agent.tools.settings import BUILTINS
+from edge_agent.units import format_duration, format_size
 
 RESTART_KEYS: Final = (
     "engines_dir",
@@ -51,6 +59,7 @@ RESTART_KEYS: Final = (
     "ledger.max_size",
     "ledger.retention",
     "ledger.ballast",
+    "sessions.retention",
     "tools.servers",
     "tools.allow",
 )
@@ -64,215 +73,13 @@ _SHORT: Final = reprlib.Repr()  # looks at a few items only, so that no YAML bom
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _SHOWN_CHARACTERS + 1
 
 
-def _path(value: object) -> object:
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value.startswith("/"):
-        raise ValueError("must be an absolute path")
-    return Path(value)
-
-
-def _backend(value: object) -> object:
-    if value not in BACKENDS:
-        hint = _nearest(str(value), BACKENDS)
-        raise ValueError(f"unknown backend, must be one of {', '.join(BACKENDS)}{hint}")
-    return value
-
-
-def _empty_list(value: object) -> object:
-    return () if value is None else tuple(value) if isinstance(value, list) else value
-
-
-def _off(value: object) -> object:
-    """YAML reads a plain `off` as false."""
-    return "off" if value is False else value
-
-
-def _weights(value: object) -> object:
-    """Whole numbers are weights too."""
-    if not isinstance(value, dict):
-        return _empty_mapping(value)
-    return {key: float(weight) if type(weight) is int else weight for key, weight in value.items()}
-
-
-def _empty_mapping(value: object) -> object:
-    return {} if value is None else value
-
-
-Duration = Annotated[float, BeforeValidator(parse_duration)]
-Size = Annotated[int, BeforeValidator(parse_size)]
-Threads = Annotated[int, Field(ge=1, le=1024)]
-EngineName = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
-BackendKey = Annotated[str, BeforeValidator(_backend)]
-AbsolutePath = Annotated[Path, BeforeValidator(_path)]
-ToolName = Annotated[str, StringConstraints(pattern=f"^{TOOL_NAME.pattern}$")]
-
-
-class Section(BaseModel):
-    """Base: frozen, nothing converted, no key that nobody reads; empty means the defaults."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty(cls, data: Any) -> Any:
-        return {} if data is None else data
-
-
-class EngineOverride(Section):
-    """What this machine wants otherwise than an engine's manifest; None: as the manifest says.
-
-    `context_tokens` can only be lowered; this is checked where the manifest is known.
-    """
-
-    slots: Annotated[int, Field(ge=1, le=64)] | None = None
-    context_tokens: Annotated[int, Field(ge=256, le=1_048_576)] | None = None
-    threads: Threads | None = None
-    pinned: bool = False
-
-
-class Log(Section):
-    """What is logged, and how; `auto` is console on a terminal, JSON elsewhere."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "json", "console"] = "auto"
-
-
-class Runs(Section):
-    """Defaults and bounds of runs."""
-
-    default_engine: EngineName | None = None
-    timeout_s: Duration = Field(default=600.0, alias="timeout")
-    max_timeout_s: Duration = Field(default=86_400.0, alias="max_timeout")
-    tool_timeout_s: Duration = Field(default=60.0, alias="tool_timeout")
-    tool_call_valid_for_s: Duration = Field(default=30.0, alias="tool_call_valid_for")
-    cancel_confirm_s: Duration = Field(default=5.0, alias="cancel_confirm")
-    max_steps: int = Field(default=8, ge=1, le=100)
-    max_tool_calls: int = Field(default=16, ge=1, le=1000)
-    max_same_calls: int = Field(default=3, ge=1, le=1000)
-    durable: bool = False
-    suspended_retention_s: Duration = Field(default=86_400.0, alias="suspended_retention")
-    max_active: int = Field(default=256, ge=1, le=10_000)
-    retention_s: Duration = Field(default=900.0, alias="retention")
-    max_retained: int = Field(default=1000, ge=1, le=100_000)
-    # Half of a worker's largest frame at most, so that a step can carry the request.
-    max_request_bytes: Size = Field(
-        default=4 * MIB, ge=64 * KIB, le=32 * MIB, alias="max_request_size"
-    )
-    max_tools: int = Field(default=256, ge=1, le=1024)
-    max_tool_result_bytes: Size = Field(default=256 * KIB, alias="max_tool_result_size")
-    slow_reader_s: Duration = Field(default=30.0, alias="slow_reader")
-
-
-class Scheduling(Section):
-    """Which engines are in memory and what waits for them.
-
-    `robot_reserve_bytes` and the floors None: by the machine's module (`scheduling.reserve`).
-    """
-
-    robot_reserve_bytes: Size | None = Field(default=None, alias="robot_reserve")
-    memory_budget_bytes: Size | None = Field(default=None, alias="memory_budget")
-    soft_floor_bytes: Size | None = Field(default=None, alias="soft_floor")
-    hard_floor_bytes: Size | None = Field(default=None, alias="hard_floor")
-    max_resident_engines: int = Field(default=8, ge=1, le=8)
-    min_residency_s: Duration = Field(default=10.0, alias="min_residency")
-    max_waiting_steps: int = Field(default=256, ge=1, le=100_000)
-    client_weights: Annotated[
-        Mapping[str, Annotated[float, Field(ge=0.01, le=100.0)]], BeforeValidator(_weights)
-    ] = Field(default_factory=dict)
-    load_timeout_s: Duration = Field(default=300.0, alias="load_timeout")
-    unload_timeout_s: Duration = Field(default=10.0, alias="unload_timeout")
-    memory_back_s: Duration = Field(default=5.0, alias="memory_back")
-    probe_interval_s: Duration | None = Field(default=30.0, alias="probe_interval")
-
-
-class Worker(Section):
-    """The processes that host engines; `threads` None leaves one core free."""
-
-    python: Annotated[Mapping[BackendKey, AbsolutePath], BeforeValidator(_empty_mapping)] = Field(
-        default_factory=dict
-    )
-    threads: Threads | None = None
-    prefill_batch_tokens: int = Field(default=64, ge=8, le=2048)
-    heartbeat_interval_s: Duration = Field(default=1.0, alias="heartbeat_interval")
-    heartbeat_timeout_s: Duration = Field(default=30.0, alias="heartbeat_timeout")
-    backlog_tokens: int = Field(default=4096, ge=1, le=1_000_000)
-    backlog_age_s: Duration = Field(default=30.0, alias="backlog_age")
-    oom_score_adj: int = Field(default=900, ge=0, le=1000)
-
-
-class Telemetry(Section):
-    """How the machine is watched. `interval_s` is of memory; the rest is read more rarely."""
-
-    sysroot: AbsolutePath = Path("/")
-    interval_s: Duration = Field(default=0.25, ge=0.05, le=1.0, alias="interval")
-
-
-class Ledger(Section):
-    """The file that durable runs live in."""
-
-    max_size_bytes: Size = Field(default=256 << 20, ge=4 << 20, le=64 << 30, alias="max_size")
-    retention_s: Duration = Field(default=604_800.0, alias="retention")
-    ballast_bytes: Size | None = Field(default=4 << 20, le=1 << 30, alias="ballast")
-    bodies: Annotated[Literal["off", "errors", "all"], BeforeValidator(_off)] = "off"
-
-
-class ToolServer(Section):
-    """An MCP server: started with `command`, or reached at `url`; see `_server`."""
-
-    command: Annotated[tuple[str, ...], BeforeValidator(_empty_list)] = ()
-    environment: Annotated[Mapping[str, str], BeforeValidator(_empty_mapping)] = Field(
-        default_factory=dict
-    )
-    directory: AbsolutePath | None = None
-    url: str | None = None
-    headers_file: AbsolutePath | None = None
-
-
-class AllowedTool(Section):
-    """A tool that the daemon executes: a built-in, or `tool` of `server`; see `_allowed`."""
-
-    builtin: str | None = None
-    server: str | None = None
-    tool: str | None = None
-    side_effect: Literal["NONE", "IDEMPOTENT", "NON_IDEMPOTENT"] | None = None
-    timeout_s: Duration = Field(default=30.0, alias="timeout")
-    rate_limit: Annotated[int, Field(ge=1, le=100_000)] | None = 60
-    needs_approval: bool = False
-
-
-class Tools(Section):
-    """What the daemon executes itself, and nothing else."""
-
-    servers: Annotated[Mapping[EngineName, ToolServer], BeforeValidator(_empty_mapping)] = Field(
-        default_factory=dict
-    )
-    allow: Annotated[Mapping[ToolName, AllowedTool], BeforeValidator(_empty_mapping)] = Field(
-        default_factory=dict
-    )
-
-
-_NAMED_SECTIONS: Final[Mapping[str, type[Section]]] = {
-    "engines": EngineOverride,
-    "tools.servers": ToolServer,
-    "tools.allow": AllowedTool,
-}
-"""Sections that are found below names of the operator's own."""
-
-
-class Shutdown(Section):
-    """How the daemon ends."""
-
-    grace_s: Duration = Field(default=20.0, alias="grace")
-
-
 class Config(Section):
     """Everything that can be configured. `engines_dir` None: below the state directory."""
 
     engines_dir: AbsolutePath | None = None
-    preload: Annotated[tuple[EngineName, ...], BeforeValidator(_empty_list)] = ()
-    engines: Annotated[Mapping[EngineName, EngineOverride], BeforeValidator(_empty_mapping)] = (
-        Field(default_factory=dict)
+    preload: Annotated[tuple[EngineName, ...], BeforeValidator(empty_list)] = ()
+    engines: Annotated[Mapping[EngineName, EngineOverride], BeforeValidator(empty_mapping)] = Field(
+        default_factory=dict
     )
     log: Log = Field(default_factory=Log)
     runs: Runs = Field(default_factory=Runs)
@@ -281,6 +88,7 @@ class Config(Section):
     telemetry: Telemetry = Field(default_factory=Telemetry)
     tools: Tools = Field(default_factory=Tools)
     ledger: Ledger = Field(default_factory=Ledger)
+    sessions: Sessions = Field(default_factory=Sessions)
     shutdown: Shutdown = Field(default_factory=Shutdown)
 
 
@@ -438,13 +246,13 @@ def _nearest_key(path: KeyPath) -> str:
     """A hint after an unknown key: the nearest one beside it, else the nearest anywhere."""
     *above, last = (str(key) for key in path)
     prefix = "".join(f"{key}." for key in above)
-    named = _NAMED_SECTIONS.get(".".join(above[:-1]))
+    named = NAMED_SECTIONS.get(".".join(above[:-1]))
     if named is not None:
         known_there = tuple(field.alias or name for name, field in named.model_fields.items())
-        return _nearest(last, known_there) or f", known here: {', '.join(known_there)}"
+        return nearest(last, known_there) or f", known here: {', '.join(known_there)}"
     known = known_keys()
     beside = {key.removeprefix(prefix).split(".")[0] for key in known if key.startswith(prefix)}
-    hint = _nearest(last, tuple(beside), prefix)
+    hint = nearest(last, tuple(beside), prefix)
     if hint:
         return hint
     anywhere = {key.split(".")[-1]: key for key in known}
@@ -452,11 +260,6 @@ def _nearest_key(path: KeyPath) -> str:
     if close:
         return f", did you mean {anywhere[close[0]]}?"
     return f", known here: {', '.join(sorted(beside))}"
-
-
-def _nearest(word: str, known: tuple[str, ...], prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _across(config: Config, wrong: set[str]) -> Iterator[FieldViolation]:

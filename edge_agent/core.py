@@ -87,13 +87,14 @@ class ToolResult:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of the conversation."""
+    """One turn of the conversation. `is_summary`: it stands for older ones of its session."""
 
     role: Role
     parts: tuple[Part, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     is_error: bool = False
+    is_summary: bool = False
 
     @property
     def text(self) -> str:
@@ -213,6 +214,28 @@ class Priority(enum.StrEnum):
 _RANKS = {priority: rank for rank, priority in enumerate(Priority)}
 
 
+class Overflow(enum.StrEnum):
+    """What is done where a session's history and what is new do not fit into the context.
+
+    DROP_OLDEST and SUMMARISE act on the oldest whole turns.
+    """
+
+    REFUSE = "REFUSE"
+    DROP_OLDEST = "DROP_OLDEST"
+    SUMMARISE = "SUMMARISE"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionUse:
+    """The session that a run belongs to, by its client's name for it.
+
+    `overflow` None: as the session has it, REFUSE for a new one.
+    """
+
+    id: str
+    overflow: Overflow | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class RunSpec:
     """What a caller asks for, with every default filled in."""
@@ -228,6 +251,7 @@ class RunSpec:
     priority: Priority = Priority.NORMAL
     durable: bool = False
     tool_strategy: ToolStrategy | None = None
+    session: SessionUse | None = None
 
 
 class RunState(enum.StrEnum):
@@ -502,6 +526,25 @@ class Run:
     background_tool_calls: tuple[ToolCall, ...] = ()
     pending_messages: tuple[Message, ...] = ()
     result_number: int | None = None
+    session: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What the runs of a session have said, and how it is used. Times are Unix times.
+
+    `runs` have ended in it; `run_id` is of the one that goes on, empty if none does. `messages`
+    begin with the system's where there is one.
+    """
+
+    id: str
+    client: str
+    overflow: Overflow
+    created_at_s: float
+    used_at_s: float
+    runs: int = 0
+    messages: tuple[Message, ...] = ()
+    run_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,20 @@ class CancelTool:
 
 
 @dataclass(frozen=True, slots=True)
+class HistoryShortened:
+    """The oldest turns of the session's history have made room for `step`.
+
+    `dropped_messages` are gone; `summarised_messages` live on in `summary`.
+    """
+
+    step: int
+    dropped_messages: int
+    summarised_messages: int
+    kept_messages: int
+    summary: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished:
     """The last event of every run."""
 
@@ -149,6 +163,7 @@ EventBody = (
     | ToolResultAccepted
     | StepFinished
     | CancelTool
+    | HistoryShortened
     | RunFinished
 )
 

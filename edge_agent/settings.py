@@ -3,13 +3,8 @@
 from collections.abc import Callable, Mapping
 
 from edge_agent.api.ports import RequestLimits
-from edge_agent.config import (
-    AllowedTool,
-    Config,
-    EngineOverride,
-    Scheduling,
-    ToolServer,
-)
+from edge_agent.config import Config
+from edge_agent.config_sections import AllowedTool, EngineOverride, Scheduling, ToolServer
 from edge_agent.core import SideEffect, Tool
 from edge_agent.engines.host import WorkerSettings
 from edge_agent.engines.manifest import Manifest
@@ -111,6 +106,7 @@ def ledger_settings(config: Config) -> LedgerSettings:
         max_bytes=ledger.max_size_bytes,
         retention_s=ledger.retention_s,
         ballast_bytes=ledger.ballast_bytes or 0,
+        session_retention_s=config.sessions.retention_s,
     )
 
 
@@ -126,6 +122,8 @@ def run_settings(config: Config) -> RunSettings:
         max_retained=runs.max_retained,
         suspended_retention_s=runs.suspended_retention_s,
         bodies=config.ledger.bodies,
+        max_sessions=config.sessions.max_sessions,
+        max_history_bytes=config.sessions.max_history_bytes,
     )
 
 

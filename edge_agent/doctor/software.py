@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from edge_agent import paths
-from edge_agent.config import Config, EngineOverride, load_config
+from edge_agent.config import Config, load_config
+from edge_agent.config_sections import EngineOverride
 from edge_agent.doctor.children import NoAnswer, ask_libraries
 from edge_agent.doctor.finding import Finding, fail, good, unknown, warn
 from edge_agent.engines.catalogue import BrokenEngine, Catalogue

@@ -5,9 +5,9 @@ Runs that are not durable go on without it; nothing durable is accepted, and not
 
 from collections.abc import Callable
 
-from edge_agent.core import Run, RunState
+from edge_agent.core import Run, RunSpec, RunState, Session
 from edge_agent.errors import LedgerFailed
-from edge_agent.ledger.changes import Change, StoredRun
+from edge_agent.ledger.changes import Change, Existing, StoredRun
 from edge_agent.records import CallRecord, StepRecord
 
 
@@ -47,6 +47,18 @@ class AbsentLedger:
     async def find(self, _run_id: str) -> StoredRun | None:
         """It is not known."""
         return None
+
+    async def requested(self, _client: str, _request_id: str, _spec: RunSpec) -> Existing | None:
+        """It is not known."""
+        return None
+
+    async def session(self, _client: str, _session_id: str) -> tuple[Session | None, int]:
+        """Whether there is one is not known. Raises LedgerFailed."""
+        raise self._error
+
+    async def sessions(self, _client: str | None) -> tuple[Session, ...]:
+        """Which there are is not known. Raises LedgerFailed."""
+        raise self._error
 
     async def trace(self, _run_id: str) -> tuple[tuple[StepRecord, ...], tuple[CallRecord, ...]]:
         """Nothing is on record."""

@@ -6,7 +6,7 @@ Commits nothing: the writer does, and rolls back what a refused one has written.
 import dataclasses
 from dataclasses import dataclass
 
-from edge_agent.core import Run, RunSpec
+from edge_agent.core import Run, RunSpec, Session
 from edge_agent.errors import LedgerFailed
 from edge_agent.events import Event, StepFinished
 from edge_agent.ledger import rows
@@ -207,8 +207,48 @@ class ResultsAcked:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class SessionKept:
+    """A session as it stands, with its whole history; a later one takes its place."""
+
+    session: Session
+
+    def apply(self, book: Book) -> None:
+        """Write it."""
+        session = dataclasses.replace(self.session, run_id="")
+        columns = (session.client, session.id, session.used_at_s, rows.value(session))
+        book.execute(
+            "INSERT INTO sessions (client, id, used_at_s, body, crc) VALUES (?,?,?,?,?)"
+            " ON CONFLICT (client, id) DO UPDATE SET used_at_s = excluded.used_at_s,"
+            " body = excluded.body, crc = excluded.crc",
+            (*columns, rows.crc(columns)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SessionDeleted:
+    """A session with its history is to go."""
+
+    client: str
+    session_id: str
+
+    def apply(self, book: Book) -> None:
+        """Delete it."""
+        book.execute(
+            "DELETE FROM sessions WHERE client = ? AND id = ?", (self.client, self.session_id)
+        )
+
+
 Change = (
-    NewRun | EventsAdded | StepStarted | StepRecorded | CallRecorded | RunRecovered | ResultsAcked
+    NewRun
+    | EventsAdded
+    | StepStarted
+    | StepRecorded
+    | CallRecorded
+    | RunRecovered
+    | ResultsAcked
+    | SessionKept
+    | SessionDeleted
 )
 
 

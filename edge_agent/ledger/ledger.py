@@ -16,10 +16,10 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 
 import apsw
 
-from edge_agent.core import Run, RunState
+from edge_agent.core import Run, RunSpec, RunState, Session
 from edge_agent.errors import LedgerFailed, LedgerFull
 from edge_agent.ledger import opening, reading
-from edge_agent.ledger.changes import Change, StoredRun
+from edge_agent.ledger.changes import Change, Existing, StoredRun
 from edge_agent.ledger.settings import LedgerSettings
 from edge_agent.ledger.writer import RETRY_AFTER_FULL_S, Entry, Writer
 from edge_agent.records import CallRecord, StepRecord
@@ -174,6 +174,18 @@ class Ledger:
     async def find(self, run_id: str) -> StoredRun | None:
         """One run; None if it is not there. Raises LedgerRowCorrupt, LedgerFailed."""
         return await self._read(reading.find, run_id)
+
+    async def requested(self, client: str, request_id: str, spec: RunSpec) -> Existing | None:
+        """The run that a client's request has made; None if none."""
+        return await self._read(reading.requested, client, request_id, spec)
+
+    async def session(self, client: str, session_id: str) -> tuple[Session | None, int]:
+        """A session with its history, and how many there are of all clients."""
+        return await self._read(reading.session, client, session_id)
+
+    async def sessions(self, client: str | None) -> tuple[Session, ...]:
+        """Sessions of a client, or of all, without their histories; the one used last first."""
+        return await self._read(reading.sessions, client)
 
     async def trace(self, run_id: str) -> tuple[tuple[StepRecord, ...], tuple[CallRecord, ...]]:
         """The records of a run's steps and calls. Raises LedgerRowCorrupt, LedgerFailed."""

@@ -4,19 +4,21 @@ Writes nothing. A row whose checksum is wrong is an error of its run.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import apsw
 
-from edge_agent.core import Run, RunState
+from edge_agent.core import Run, RunSpec, RunState, Session
 from edge_agent.errors import LedgerRowCorrupt
 from edge_agent.ledger import rows
-from edge_agent.ledger.changes import StoredRun
+from edge_agent.ledger.changes import Existing, StoredRun
 from edge_agent.records import CallRecord, StepRecord
 from edge_agent.runs import history
 
 _RUN = "number, id, client, request_id, digest, created_at_s, spec, crc"
 _EVENT = "run, sequence, previous, kind, body, crc"
+_SESSION = "SELECT number, client, id, used_at_s, body, crc FROM sessions"
 _HEAD = "run, state, ended_at_s, tail, last, running_step, attempts, deaths, head, crc"
 
 
@@ -43,6 +45,50 @@ def find(connection: apsw.Connection, run_id: str) -> StoredRun | None:
     """
     row = connection.execute("SELECT number FROM runs WHERE id = ?", (run_id,)).fetchone()
     return None if row is None else _stored(connection, row[0])
+
+
+def requested(
+    connection: apsw.Connection, client: str, request_id: str, spec: RunSpec
+) -> Existing | None:
+    """The run that a client's request has made, and whether it asked for the same."""
+    found = connection.execute(
+        "SELECT id, digest FROM runs WHERE client = ? AND request_id = ? AND request_id != ''",
+        (client, request_id),
+    ).fetchone()
+    if found is None:
+        return None
+    return Existing(found[0], found[1] == rows.digest(rows.value(spec)))
+
+
+def session(
+    connection: apsw.Connection, client: str, session_id: str
+) -> tuple[Session | None, int]:
+    """A session with its history, and how many there are of all clients.
+
+    Raises:
+        LedgerRowCorrupt: it can't be read.
+    """
+    count: rows.Row = connection.execute("SELECT count(*) FROM sessions").fetchone() or (0,)
+    found = connection.execute(f"{_SESSION} WHERE client = ? AND id = ?", (client, session_id))
+    for row in _fetched("sessions", found):
+        return _session(row), count[0]
+    return None, count[0]
+
+
+def sessions(connection: apsw.Connection, client: str | None) -> tuple[Session, ...]:
+    """Sessions of a client, or of all, without their histories; the one used last first.
+
+    One that can't be read is left out: the others are of use without it.
+    """
+    found = connection.execute(
+        f"{_SESSION} WHERE ? IS NULL OR client = ? ORDER BY used_at_s DESC, number DESC",
+        (client, client),
+    )
+    read = []
+    for row in _fetched("sessions", found):
+        with contextlib.suppress(LedgerRowCorrupt):
+            read.append(dataclasses.replace(_session(row), messages=()))
+    return tuple(read)
 
 
 def trace(
@@ -149,6 +195,12 @@ def _stored(connection: apsw.Connection, number: int) -> StoredRun:
         deaths=deaths,
         calls=tuple(_calls(connection, run_id)),
     )
+
+
+def _session(row: rows.Row) -> Session:
+    number, *columns = row
+    rows.checked("sessions", columns)
+    return rows.read_session(number, columns[3])
 
 
 def _head(connection: apsw.Connection, number: int) -> rows.Row:

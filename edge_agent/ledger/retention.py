@@ -1,6 +1,7 @@
-"""What leaves the ledger again: ended runs and records of other runs, oldest first, in pieces.
+"""What leaves the ledger again: ended runs, records of other runs, sessions; oldest first.
 
-Removes no unfinished run and no result that nobody has acknowledged, unless its retention is over.
+Works in pieces. Removes no unfinished run and no session, and no result that nobody has
+acknowledged, unless its retention is over.
 Begins and ends no transaction.
 """
 
@@ -23,12 +24,16 @@ class Retention:
     def __init__(self, connection: apsw.Connection) -> None:
         """Of the writing connection."""
         self._execute = connection.execute
+        self._changes = connection.changes
         self._looked_at = {"steps": 0, "tool_calls": 0}
 
-    def remove_aged(self, before_s: float) -> int:
-        """Runs that ended, and records that were made, before this Unix time; how many went."""
+    def remove_aged(self, before_s: float, sessions_before_s: float) -> int:
+        """Runs that ended, and records that were made, before this Unix time; how many went.
+
+        And sessions that were used last before a time of their own.
+        """
         runs = self._runs("SELECT run FROM heads WHERE ended_at_s < ?", before_s)
-        return runs + self._records(before_s)
+        return runs + self._records(before_s) + self._sessions(sessions_before_s)
 
     def remove_for_room(self) -> int:
         """Records of runs that are not in the ledger, else ended runs with acknowledged results."""
@@ -58,6 +63,14 @@ class Retention:
         execute("DELETE FROM outcomes WHERE run = ?", (number,))
         execute("DELETE FROM heads WHERE run = ?", (number,))
         execute("DELETE FROM runs WHERE number = ?", (number,))
+
+    def _sessions(self, before_s: float) -> int:
+        self._execute(
+            "DELETE FROM sessions WHERE number IN (SELECT number FROM sessions"
+            " WHERE used_at_s < ? ORDER BY used_at_s LIMIT ?)",
+            (before_s, RUNS_IN_A_PIECE),
+        )
+        return self._changes()
 
     def _records(self, before_s: float | None) -> int:
         return sum(self._records_of(table, before_s) for table in self._looked_at)

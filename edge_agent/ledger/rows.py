@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
-from edge_agent.core import Run, RunSpec
+from edge_agent.core import Run, RunSpec, Session
 from edge_agent.errors import LedgerRowCorrupt
 from edge_agent.events import Event, EventBody, RunFinished
 from edge_agent.records import CallRecord, LoggedText, StepRecord
@@ -30,6 +30,7 @@ _heads: Final = msgspec.msgpack.Decoder(Run)
 _specs: Final = msgspec.msgpack.Decoder(RunSpec)
 _steps: Final = msgspec.msgpack.Decoder(StepRecord)
 _calls: Final = msgspec.msgpack.Decoder(CallRecord)
+_sessions: Final = msgspec.msgpack.Decoder(Session)
 
 
 def crc(columns: Sequence[Value]) -> int:
@@ -62,7 +63,7 @@ def head(run: Run) -> bytes:
     return _encode(dataclasses.replace(run, transcript=()) if run.transcript else run)
 
 
-def value(item: RunSpec | StepRecord | CallRecord) -> bytes:
+def value(item: RunSpec | StepRecord | CallRecord | Session) -> bytes:
     """Any other value as it is stored."""
     return _encode(item)
 
@@ -119,6 +120,11 @@ def read_step(number: int, body: bytes) -> StepRecord:
 def read_call(number: int, body: bytes) -> CallRecord:
     """The record of a tool call."""
     return _decoded("tool_calls", number, _calls, body)
+
+
+def read_session(number: int, body: bytes) -> Session:
+    """A session with its history."""
+    return _decoded("sessions", number, _sessions, body)
 
 
 def _decoded(table: str, key: int | str, decoder: msgspec.msgpack.Decoder[T], body: bytes) -> T:

@@ -60,7 +60,10 @@ _CALLS: Final = Table(
     "tool_calls", "number", ("run_id", "call_id", "at_s", "body", "crc"), key_is_covered=False
 )
 _OUTCOMES: Final = Table("outcomes", "number", ("run", "client", "acked", "crc"))
-TABLES: Final = (_RUNS, _HEADS, _EVENTS, _STEPS, _CALLS, _OUTCOMES)
+_SESSIONS: Final = Table(
+    "sessions", "number", ("client", "id", "used_at_s", "body", "crc"), key_is_covered=False
+)
+TABLES: Final = (_RUNS, _HEADS, _EVENTS, _STEPS, _CALLS, _OUTCOMES, _SESSIONS)
 
 
 @dataclass(slots=True)
@@ -98,7 +101,7 @@ def copy(path: Path, into: apsw.Connection) -> Lost:
     broken.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
     try:
         with into:
-            for table in TABLES:
+            for table in _tables(broken):
                 _copy_table(broken, into, table, lost)
             lost.runs = _not_whole(into)
             _drop_orphans(into)
@@ -120,6 +123,16 @@ def _copy_table(broken: apsw.Connection, into: apsw.Connection, table: Table, lo
         lost.kept += into.changes()
     lost.rows[table.name] = len(reader.wrong)
     lost.holes[table.name] = reader.holes
+
+
+def _tables(broken: apsw.Connection) -> tuple[Table, ...]:
+    """Those that the file has: one of an older release lacks some."""
+    try:
+        found = broken.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall()
+    except (apsw.Error, UnicodeDecodeError):  # nobody knows: what can't be read is lost
+        return TABLES
+    names = {name for (name,) in found}
+    return tuple(table for table in TABLES if table.name in names)
 
 
 class _Reader:

@@ -1,8 +1,8 @@
 """The tables of the ledger, and what makes an older file one of this release. SQL only.
 
 Every table but `meta` has a rowid of its own, by which a broken file is salvaged, and ends in a
-CRC32 of its columns (in `events`, `steps` and `tool_calls` without the rowid). A release that adds
-a column keeps `crc` as it is: the new column is not among what it covers.
+CRC32 of its columns (in `events`, `steps`, `tool_calls` and `sessions` without the rowid). A
+release that adds a column keeps `crc` as it is: the new column is not among what it covers.
 
 The events of a run are a chain, from the one that `heads.tail` names back over `previous` to 0: in
 the order of their coming, so that those of many runs share pages, and a lost one is missed.
@@ -78,6 +78,18 @@ MIGRATIONS: Final = (
     CREATE UNIQUE INDEX outcomes_by_run ON outcomes (run);
     CREATE INDEX outcomes_to_deliver ON outcomes (client, number) WHERE acked = 0;
     INSERT INTO meta VALUES ('min_reader', 1);
+    """,
+    """
+    CREATE TABLE sessions (
+        number INTEGER PRIMARY KEY,
+        client TEXT NOT NULL,
+        id TEXT NOT NULL,
+        used_at_s REAL NOT NULL,
+        body BLOB NOT NULL,
+        crc INTEGER NOT NULL
+    );
+    CREATE UNIQUE INDEX sessions_by_id ON sessions (client, id);
+    CREATE INDEX sessions_by_use ON sessions (used_at_s);
     """,
 )
 """The n-th makes version n out of version n - 1. Each sets `min_reader` to the oldest version whose

@@ -79,8 +79,10 @@ class Upkeep:
             self._look_at_disk()
         now_s = time.monotonic()
         if now_s >= self._next_sweep_s:
-            before_s = self._clock() - self._settings.retention_s
-            if self._piece(lambda: self._retention.remove_aged(before_s)):
+            clock_s = self._clock()
+            before_s = clock_s - self._settings.retention_s
+            sessions_before_s = clock_s - self._settings.session_retention_s
+            if self._piece(lambda: self._retention.remove_aged(before_s, sessions_before_s)):
                 return _NEXT_PIECE_S
             self._next_sweep_s = now_s + min(_SWEEP_S, max(1.0, self._settings.retention_s / 10))
         free_pages = self._connection.pragma("freelist_count")

@@ -76,12 +76,12 @@ def overwrite(path: Path, at: int, content: bytes) -> None:
 
 
 NEXT = (
-    "CREATE TABLE sessions (id INTEGER PRIMARY KEY, name TEXT)",
+    "CREATE TABLE moods (id INTEGER PRIMARY KEY, name TEXT)",
     "ALTER TABLE heads ADD COLUMN mood TEXT",
     "ALTER TABLE runs ADD COLUMN mood TEXT NOT NULL DEFAULT 'calm'",
     "ALTER TABLE events ADD COLUMN mood TEXT",
     "ALTER TABLE outcomes ADD COLUMN mood TEXT",
-    "INSERT INTO sessions VALUES (1, 'of the next release')",
+    "INSERT INTO moods VALUES (1, 'of the next release')",
     "UPDATE heads SET mood = 'curious'",
     f"PRAGMA user_version = {schema.VERSION + 1}",
 )
@@ -106,7 +106,7 @@ def test_this_release_works_with_a_ledger_of_the_next_that_only_added(tmp_path: 
     asyncio.run(main())
     connection = apsw.Connection(str(tmp_path / FILE_NAME))
     assert connection.pragma("user_version") == schema.VERSION + 1
-    assert connection.execute("SELECT name FROM sessions").fetchone() == ("of the next release",)
+    assert connection.execute("SELECT name FROM moods").fetchone() == ("of the next release",)
     assert connection.execute("SELECT mood FROM heads WHERE run = 1").fetchone() == ("curious",)
     connection.close()
 
@@ -168,7 +168,8 @@ def test_an_older_ledger_is_backed_up_and_then_migrated(
     monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
     asyncio.run(main())
     asyncio.run(main())
-    for name, version in ((FILE_NAME, 2), (f"{FILE_NAME}.before-2", 1)):
+    now = schema.VERSION
+    for name, version in ((FILE_NAME, now), (f"{FILE_NAME}.before-{now}", now - 1)):
         connection = apsw.Connection(str(tmp_path / name))
         assert connection.pragma("user_version") == version
         assert connection.pragma("integrity_check") == "ok"

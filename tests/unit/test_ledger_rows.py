@@ -26,6 +26,7 @@ from edge_agent.events import (
     DaemonToolStarted,
     Event,
     EventBody,
+    HistoryShortened,
     MessagesAdded,
     RunFinished,
     Snapshot,
@@ -34,6 +35,7 @@ from edge_agent.events import (
     TextDelta,
     ToolCallsIssued,
     ToolResultAccepted,
+    ToolUpdated,
 )
 from edge_agent.ledger import rows
 from edge_agent.records import LoggedText
@@ -53,7 +55,9 @@ BODIES: tuple[EventBody, ...] = (
     MessagesAdded((Message(Role.USER, (TextPart("go on"),)),)),
     ToolResultAccepted(ToolResult("call-1", (TextPart("done"),))),
     StepFinished(1, turn("on the table"), Usage(1, 2, 3), FinishReason.STOP, 0.5),
+    ToolUpdated("call-1", (TextPart("half way"),), is_error=False, done=False),
     CancelTool("call-1", ERROR),
+    HistoryShortened(2, 4, 6, 8, "they spoke of lamps"),
     RunFinished(run("run-1")),
 )
 VALUES = st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(), st.binary())
