@@ -34,6 +34,8 @@ MAX_PAGE_SIZE = 1000
 MAX_REASON_BYTES = 256
 MAX_EVIDENCE_BYTES = 1024
 MAX_RESULTS_WAIT_S = 3600.0
+MAX_CURSOR = 2**63 - 1
+"""What the ledger can count to."""
 MAX_TOKEN_BYTES = 256
 MIN_WINDOW_S = 0.1
 MAX_WINDOW_S = 3600.0
@@ -122,12 +124,21 @@ def decision(request: run_service_pb2.DecideToolCallRequest) -> tuple[str, str, 
 def results_wanted(request: run_service_pb2.WaitResultsRequest) -> tuple[int, float]:
     """How many results are wanted, and how long to wait for one. Raises InvalidRequest."""
     found = Violations()
+    found.number("cursor", request.cursor, 0, MAX_CURSOR)
     found.number("max_results", request.max_results, 0, MAX_PAGE_SIZE)
     wait_s: float | None = 0.0
     if request.HasField("wait"):
         wait_s = found.duration_s("wait", request.wait, MAX_RESULTS_WAIT_S)
     found.raise_if_any()
     return request.max_results or DEFAULT_PAGE_SIZE, wait_s or 0.0
+
+
+def acknowledged(request: run_service_pb2.AckResultsRequest) -> int:
+    """The cursor up to which results are acknowledged. Raises InvalidRequest."""
+    found = Violations()
+    found.number("cursor", request.cursor, 0, MAX_CURSOR)
+    found.raise_if_any()
+    return request.cursor
 
 
 def heartbeat(request: run_service_pb2.BeatRequest) -> Heartbeat | None:

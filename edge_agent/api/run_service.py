@@ -173,7 +173,8 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         self, request: pb.AckResultsRequest, context: Context
     ) -> pb.AckResultsResponse:
         """Deliver these no more."""
-        await self._runs.ack_results(current_call().client, request.cursor)
+        cursor = convert_request.acknowledged(request)
+        await self._runs.ack_results(current_call().client, cursor)
         return pb.AckResultsResponse()
 
     async def GetTrace(self, request: pb.GetTraceRequest, context: Context) -> pb.GetTraceResponse:
