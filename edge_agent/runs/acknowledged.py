@@ -248,7 +248,8 @@ class AcknowledgedRuns:
         """
         _steps, calls = await self.trace(run_id)
         metadata = {"run_id": run_id, "tool_call_id": call_id}
-        record = next((call for call in calls if call.call_id == call_id), None)
+        kept = next((call for call in calls if call.call_id == call_id), None)
+        record = kept or self._runs.doubtful(run_id, call_id)
         if record is None:
             message = f"tool_call_id: run {run_id} has no call {call_id!r} on record"
             raise NotFound(message, reason="TOOL_CALL_NOT_FOUND", metadata=metadata)
@@ -260,7 +261,11 @@ class AcknowledgedRuns:
             effect=Effect.DONE if acted else Effect.FAILED,
             resolution=Resolution(client, evidence, time.time()),
         )
-        await self._ledger.commit(CallRecorded(resolved))
+        try:
+            await self._ledger.commit(CallRecorded(resolved))
+        except (LedgerFull, LedgerFailed):
+            if kept is not None:  # else nothing of the run is kept, and the robot is to go on
+                raise
         self._runs.resolved(run_id, call_id)
         log.info("outcome_resolved", run=run_id, call=call_id, acted=acted, client=client)
         return resolved

@@ -16,6 +16,7 @@ import structlog
 
 from edge_agent.core import (
     EngineInfo,
+    Executor,
     Halt,
     HaltOutcome,
     HaltScope,
@@ -37,13 +38,13 @@ from edge_agent.errors import (
 )
 from edge_agent.events import Event, ToolUpdated
 from edge_agent.heartbeat import Heartbeat
-from edge_agent.records import CallRecord
+from edge_agent.records import CallRecord, Effect
 from edge_agent.runs.calls import DaemonTools
 from edge_agent.runs.halting import Halting, halted_by
 from edge_agent.runs.halts import HaltLatch, covers_run
 from edge_agent.runs.heartbeats import Heartbeats
 from edge_agent.runs.holding import Resources
-from edge_agent.runs.holds import Holder
+from edge_agent.runs.holds import Holder, Holding
 from edge_agent.runs.live import Journal, LiveRun
 from edge_agent.runs.loop import Recording, RunLoop, Steps, Surroundings
 from edge_agent.runs.recording import Machine, NoRecords, Records
@@ -292,6 +293,23 @@ class Runs:
     def resolved(self, run_id: str, call_id: str) -> None:
         """It is known what came of a call: what it used is free."""
         self._resources.release(run_id, call_id)
+
+    def doubtful(self, run_id: str, call_id: str) -> CallRecord | None:
+        """A call that holds something since nobody knows of it, as far as it is known here."""
+        for holder in self._resources.holders().values():
+            if holder.key == (run_id, call_id) and holder.holding is Holding.UNKNOWN:
+                return CallRecord(
+                    run_id=run_id,
+                    step=0,
+                    call_id=call_id,
+                    tool=holder.tool,
+                    executor=Executor.CALLER,
+                    side_effect=SideEffect.NON_IDEMPOTENT,
+                    arguments_hash="",
+                    effect=Effect.UNKNOWN,
+                    issued_at_s=time.time(),
+                )
+        return None
 
     def holders(self) -> Mapping[str, Holder]:
         """Which call has what, by resource."""

@@ -22,10 +22,12 @@ from edge_agent.core import (
     ToolCall,
     ToolResult,
 )
-from edge_agent.errors import FailedPrecondition, NotFound
+from edge_agent.errors import FailedPrecondition, LedgerFailed, NotFound
 from edge_agent.events import CancelTool, ToolCallsIssued, ToolUpdated
+from edge_agent.ledger.absent import AbsentLedger
 from edge_agent.records import Effect, ResultClass
 from edge_agent.runs import runs as owner
+from edge_agent.runs.acknowledged import AcknowledgedRuns, LedgerJournal
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
 from tests.support.scripted_engine import SETTINGS, ScriptedEngines, result, settle
@@ -566,3 +568,32 @@ async def shown(live: Any) -> AsyncIterator[Any]:
         yield event
         if event.sequence >= last and not hasattr(event.body, "run"):
             return
+
+
+class TestWithoutALedger:
+    def test_what_an_unknown_call_held_can_be_freed_all_the_same(self, tmp_path):
+        async def scenario() -> Any:
+            engines, ledger = ScriptedEngines(), AbsentLedger(LedgerFailed("broken"))
+            latch = HaltLatch(tmp_path / "halts.json")
+            settings = dataclasses.replace(SETTINGS, cancel_confirm_s=0.01)
+            runs = Runs(engines, latch, settings)
+            owner = AcknowledgedRuns(runs, ledger, LedgerJournal(ledger))
+            world = World(runs, engines, ScriptedTools(), KeptRecords())
+            run_id = world.start(DRIVE)
+            await world.decide(("drive", "{}"))
+            runs.cancel(run_id, CANCEL)
+            await world.end(run_id)
+            held = runs.holders()["base"].holding
+            record = await owner.resolve(
+                run_id, "call-1", acted=False, client="ann", evidence="it stands still"
+            )
+            with pytest.raises(NotFound):
+                await owner.resolve(run_id, "call-1", acted=False, client="ann", evidence="again")
+            return held, record, runs.holders()
+
+        held, record, holders = asyncio.run(scenario())
+        assert held == "UNKNOWN"
+        assert (record.effect, record.tool) == (Effect.FAILED, "drive")
+        assert record.resolution is not None
+        assert record.resolution.client == "ann"
+        assert holders == {}
