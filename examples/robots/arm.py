@@ -1,18 +1,24 @@
 """A seven-joint arm with a gripper above a table with a few things on it.
 
 Most movements take optional numbers that may be null, which leaves the choice to the arm. Nothing
-moves while a fault is latched, and pressing too hard latches one.
+moves while a fault is latched, and pressing too hard latches one. What moves the arm or its gripper
+is never repeated, has the arm to itself, and must begin soon: the table may change.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from edge_agent.core import SideEffect
 from examples.robots.robot import (
     CannotDo,
     Goal,
     Robot,
+    looks,
     maybe_number,
     number,
     one_of,
+    rules,
+    sets,
     text,
     tool,
     tools_of,
@@ -27,6 +33,14 @@ DIRECTIONS = {"away": (1, 0), "left": (0, 1), "right": (0, -1), "towards": (-1, 
 ABOVE_MM = 120
 _JOINT = number(-170, 170)
 _ACROSS, _UP = number(-REACH_MM, REACH_MM), number(0, REACH_MM)
+
+ONCE: dict[str, Any] = {
+    "side_effect": SideEffect.NON_IDEMPOTENT,
+    "resources": ("arm",),
+    "valid_for_s": 5.0,
+}
+
+acts = rules(**ONCE)
 
 
 @dataclass
@@ -68,28 +82,35 @@ class Arm:
         self.things[thing] = (x, y, z)
         return {"released": thing, "at_mm": [x, y, z]}
 
+    @looks
     @tool("Tell me your joint angles.")
     def get_joints(self) -> object:
         """Read the angles of all seven joints in degrees."""
         return self.joints
 
+    @looks
     @tool("Where is your hand?")
     def get_position(self) -> object:
         """Read where the gripper is, in millimetres."""
         return {"position_mm": self.position}
 
+    @looks
     @tool("What lies on the table?")
     def list_things(self) -> object:
         """List the things that the camera sees."""
         return sorted(self.things)
 
+    @looks
     @tool("Where is the cup?", {"thing": "cup"}, thing=one_of(*THINGS))
-    def find_thing(self, thing: str) -> object:
+    def find_thing(self, thing: str, approach_mm: int | None = None) -> object:
         """Look up where a thing lies, in millimetres."""
+        # The daemon asks this, with the arguments of a `pick` without a result, whether that acted.
+        del approach_mm
         if thing == self.holding:
-            return {"thing": thing, "held": True}
-        return {"thing": thing, "at_mm": self.things[thing]}
+            return {"thing": thing, "held": True, "acted": True}
+        return {"thing": thing, "at_mm": self.things[thing], "acted": False}
 
+    @acts
     @tool(
         "Straighten every joint.",
         dict.fromkeys(JOINTS, 0),
@@ -102,6 +123,7 @@ class Arm:
         self.joints.update(degrees)
         return self.joints
 
+    @acts
     @tool(
         "Bring your hand to 300, 100, 200.",
         {"x": 300, "y": 100, "z": 200},
@@ -114,6 +136,7 @@ class Arm:
         """Move the gripper to a point, in millimetres."""
         return {**self._go(x, y, z), "speed_percent": speed_percent or self.speed_percent}
 
+    @acts
     @tool(
         "A little higher.",
         {"dx": 0, "dy": 0, "dz": 30},
@@ -126,6 +149,7 @@ class Arm:
         x, y, z = self.position
         return self._go(x + dx, y + dy, z + dz)
 
+    @acts
     @tool("Back to the start.", {"speed_percent": None}, speed_percent=maybe_number(1, 100))
     def go_home(self, speed_percent: int | None = None) -> object:
         """Move all joints to the home position."""
@@ -133,6 +157,7 @@ class Arm:
         self.joints = dict(zip(JOINTS, HOME, strict=True))
         return {**moved, "speed_percent": speed_percent or self.speed_percent}
 
+    @acts
     @tool("Turn your wrist a quarter.", {"degrees": 90}, degrees=number(-170, 170))
     def rotate_wrist(self, degrees: int) -> object:
         """Turn the last joint by some degrees."""
@@ -142,6 +167,7 @@ class Arm:
         self.joints["j7"] = turned
         return {"j7": turned}
 
+    @acts
     @tool("Release it.", {"width_mm": None}, width_mm=maybe_number(0, 80))
     def open_gripper(self, width_mm: int | None = None) -> object:
         """Open the fingers; what was held drops to the table."""
@@ -151,6 +177,7 @@ class Arm:
             self.things[dropped] = (*self.position[:2], 0)
         return {"width_mm": self.gripper_mm, "dropped": dropped}
 
+    @acts
     @tool("Clench gently.", {"force_n": 5}, force_n=maybe_number(1, 80))
     def close_gripper(self, force_n: int | None = None) -> object:
         """Close the fingers with some force in newtons."""
@@ -160,6 +187,7 @@ class Arm:
         self.gripper_mm = 0
         return {"width_mm": 0, "force_n": force_n or 10}
 
+    @rules(**ONCE, verify="find_thing")
     @tool(
         "Fetch the cup.",
         {"thing": "cup", "approach_mm": None},
@@ -175,6 +203,7 @@ class Arm:
         self.holding, self.gripper_mm = thing, 40
         return {"holding": thing, **moved}
 
+    @acts
     @tool(
         "Set it at 400, 0.",
         {"x": 400, "y": 0},
@@ -186,6 +215,7 @@ class Arm:
         """Put the held thing down at a point, in millimetres."""
         return self._let_go(x, y, z or 0)
 
+    @acts
     @tool("Put it on top of the red cube.", {"onto": "red_cube"}, onto=one_of(*THINGS))
     def stack(self, onto: str) -> object:
         """Put the held thing on top of another one."""
@@ -194,6 +224,7 @@ class Arm:
         x, y, z = self.things[onto]
         return self._let_go(x, y, z + 50)
 
+    @acts
     @tool(
         "Slide the box to the left.",
         {"thing": "screw_box", "direction": "left", "distance_mm": 50},
@@ -210,29 +241,34 @@ class Arm:
         self.things[thing] = self.position
         return {"thing": thing, "at_mm": self.things[thing]}
 
+    @sets
     @tool("Move more slowly.", {"percent": 20}, percent=number(1, 100))
     def set_speed(self, percent: int) -> object:
         """Set how fast the arm moves unless told otherwise."""
         self.speed_percent = percent
         return {"speed_percent": percent}
 
+    @sets
     @tool("The load weighs 300 grams.", {"grams": 300}, grams=number(0, 3000))
     def set_payload(self, grams: int) -> object:
         """Tell the arm how heavy its load is."""
         self.payload_g = grams
         return {"payload_g": grams}
 
+    @looks
     @tool("How hard are you pressing?")
     def read_force(self) -> object:
         """Read the force at the wrist in newtons."""
         return {"force_n": round((self.payload_g if self.holding else 0) * 0.00981, 2)}
 
+    @sets
     @tool("Remember this pose as inspect.", {"name": "inspect"}, name=text(20))
     def save_pose(self, name: str) -> object:
         """Remember where the gripper is under a name."""
         self.poses[name] = self.position
         return {"saved": name, "position_mm": self.position}
 
+    @acts
     @tool("Take the pose inspect.", {"name": "inspect"}, name=text(20))
     def recall_pose(self, name: str) -> object:
         """Move the gripper to a remembered pose."""
@@ -240,11 +276,13 @@ class Arm:
             raise CannotDo(f"no pose {name!r}; known: {', '.join(sorted(self.poses)) or 'none'}")
         return self._go(*self.poses[name])
 
+    @looks
     @tool("Is anything wrong?")
     def get_faults(self) -> object:
         """List the faults that keep the arm from moving."""
         return self.faults
 
+    @sets
     @tool("Reset the error.")
     def clear_faults(self) -> object:
         """Clear the latched faults."""

@@ -4,14 +4,15 @@ A world is a class whose methods change and read its state. A method marked with
 the model may call: its docstring is the description, its parameters without a default are required.
 """
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from edge_agent.client import Tools
-from edge_agent.core import Tool, ToolExample
+from edge_agent.core import SideEffect, Tool, ToolExample
 
 Method = TypeVar("Method", bound=Callable[..., object])
 
@@ -32,13 +33,17 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Robot:
-    """A demo: a world in its first state, as tools, and the goals given to it in this order."""
+    """A demo: a world in its first state, as tools, and the goals given to it in this order.
+
+    `stops` says which BACKGROUND tools' calls are over once a tool has done its work.
+    """
 
     name: str
     tools: Tools
     goals: tuple[Goal, ...]
     max_steps: int = 3
     max_output_tokens: int = 64
+    stops: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def tool(
@@ -67,6 +72,23 @@ def tool(
         return method
 
     return mark
+
+
+def rules(**fields: Any) -> Callable[[Method], Method]:
+    """Say of a tool how it may be called: fields of `Tool`. The model is told nothing of it."""
+
+    def mark(method: Method) -> Method:
+        method.__dict__[_MARK] = dataclasses.replace(method.__dict__[_MARK], **fields)
+        return method
+
+    return mark
+
+
+looks = rules(side_effect=SideEffect.NONE)
+"""Of a tool that changes nothing."""
+
+sets = rules(side_effect=SideEffect.IDEMPOTENT)
+"""Of a tool that may be called twice with the same arguments."""
 
 
 def tools_of(world: object) -> dict[str, tuple[Tool, Callable[..., object]]]:

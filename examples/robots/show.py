@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edge_agent.cli.progress import ProgressBar
@@ -21,13 +22,15 @@ from edge_agent.core import Run, RunState
 from edge_agent.errors import EdgeAgentError
 from edge_agent.events import (
     Event,
+    RunFinished,
     StateChanged,
     StepFinished,
     TextDelta,
     ToolCallsIssued,
     ToolResultAccepted,
 )
-from examples.robots.robot import Robot
+from examples.robots.jobs import Jobs
+from examples.robots.robot import Goal, Robot
 
 ENGINE = "smollm2-135m-instruct"
 ROBOTS = ("warehouse", "quadruped", "arm", "ros2_operator")
@@ -43,15 +46,25 @@ def make_robot(name: str) -> Robot:
 
 
 class Screen:
-    """Prints a run's events for people, as they come."""
+    """Prints a run's events for people, as they come, up to its first answer.
 
-    def __init__(self) -> None:
+    `answered` is set then, or at the run's end: what it has begun may go on in the background.
+    """
+
+    def __init__(self, jobs: Jobs) -> None:
         self.called: list[str] = []
+        self.answered = threading.Event()
+        self._jobs = jobs
         self._bar: ProgressBar | None = None
         self._writing = False
 
     def show(self, event: Event) -> None:
         """One event."""
+        self._jobs.see(event)
+        if not self.answered.is_set():
+            self._print(event)
+
+    def _print(self, event: Event) -> None:
         match event.body:
             case StateChanged(state=RunState.LOADING, load_progress=progress):
                 self._bar = self._bar or ProgressBar(f"  loading {ENGINE}", sys.stdout)
@@ -60,7 +73,6 @@ class Screen:
                 self._end_bar()
             case ToolCallsIssued(tool_calls=calls):
                 for call in calls:
-                    self.called.append(call.name)
                     print(f"  tool call    {call.name}({call.arguments_json})", flush=True)
             case ToolResultAccepted(result=result):
                 text = "".join(getattr(part, "text", "") for part in result.parts)
@@ -68,10 +80,19 @@ class Screen:
             case TextDelta(text=text):
                 print(text if self._writing else f"  answer       {text}", end="", flush=True)
                 self._writing = True
-            case StepFinished():
-                if self._writing:
-                    print()
-                self._writing = False
+            case StepFinished(message=message):
+                self._end_step([call.name for call in message.tool_calls], event.run_id)
+            case RunFinished(run=run):
+                print(f"  {summary(run)}")
+
+    def _end_step(self, called: Sequence[str], run_id: str) -> None:
+        self.called += called
+        if self._writing:
+            print()
+        self._writing = False
+        if not called and (going := self._jobs.of(run_id)):
+            print(f"  (goes on in the background: {', '.join(going)})")
+            self.answered.set()
 
     def _end_bar(self) -> None:
         if self._bar is not None:
@@ -82,28 +103,43 @@ class Screen:
 
 def give_goals(client: Client, robot: Robot, at_most: int | None = None) -> None:
     """One run for each goal; prints the events and, last, how the model did."""
-    goals = robot.goals[:at_most]
+    goals, jobs = robot.goals[:at_most], Jobs(client, robot)
     right = 0
-    for number, goal in enumerate(goals, start=1):
-        print(f"\n[{number}/{len(goals)}] goal: {goal.text}", flush=True)
-        screen = Screen()
-        run = client.run(
-            goal.text,
-            robot.tools,
-            screen.show,
-            engine=ENGINE,
-            max_steps=robot.max_steps,
-            max_output_tokens=robot.max_output_tokens,
-            timeout_s=RUN_TIMEOUT_S,
-        )
-        right += screen.called[:1] == [goal.first_tool]
-        print(f"  {summary(run)}")
+    with ThreadPoolExecutor(len(goals)) as pool:
+        try:
+            for number, goal in enumerate(goals, start=1):
+                print(f"\n[{number}/{len(goals)}] goal: {goal.text}", flush=True)
+                right += _reached(client, robot, goal, jobs, pool)
+        finally:
+            jobs.cancel_all()
     print(
         f"\n{right} of {len(goals)} goals reached the right tool first. The embedded model has 135 "
         "million parameters:\nit shows how runs work and is far too weak to drive a robot. Every "
         "call it made satisfied its\ntool's schema; whether it was the right call is the model's "
         "own doing."
     )
+
+
+def _reached(
+    client: Client, robot: Robot, goal: Goal, jobs: Jobs, pool: ThreadPoolExecutor
+) -> bool:
+    """Give one goal, up to its answer; whether the right tool was called first."""
+    screen = Screen(jobs)
+    run = pool.submit(
+        client.run,
+        goal.text,
+        robot.tools,
+        screen.show,
+        engine=ENGINE,
+        max_steps=robot.max_steps,
+        max_output_tokens=robot.max_output_tokens,
+        timeout_s=RUN_TIMEOUT_S,
+    )
+    run.add_done_callback(lambda _run: screen.answered.set())
+    screen.answered.wait()
+    if run.done():
+        run.result()  # raises what it raised
+    return screen.called[:1] == [goal.first_tool]
 
 
 def summary(run: Run) -> str:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from edge_agent.api import convert_client
 from edge_agent.api.convert_request import run_request
 from edge_agent.config import Config
+from edge_agent.core import Lifecycle, SideEffect
 from edge_agent.decoding.schemas import check_schemas
 from edge_agent.settings import request_limits
 from edge_agent.v1 import run_service_pb2 as run_pb
@@ -27,6 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO_TIMEOUT_S = 600
 """Of one, where other work shares the cores. All four take 70 s of CPU, most of it prefill."""
 SHOWN_CALL = re.compile(r"^  tool call    (\w+)\((.*)\)$", re.MULTILINE)
+NON_IDEMPOTENT = SideEffect.NON_IDEMPOTENT
 TOOLS = {"warehouse": (7, 4), "quadruped": (21, 12), "arm": (22, 6), "ros2_operator": (18, 4)}
 """How many tools each robot has, and how many of them take no arguments."""
 
@@ -194,6 +196,20 @@ class TestTools:
             assert tool.description.endswith(".")
             (example,) = tool.examples
             jsonschema_rs.validate(schema_of(tool), json.loads(example.arguments_json))
+
+    @pytest.mark.parametrize("robot", ROBOTS)
+    def test_what_goes_on_can_always_be_stopped(self, robot):
+        made = make_robot(robot)
+        going_on = {t.name for t in tools_of(robot) if t.lifecycle is Lifecycle.BACKGROUND}
+        assert going_on == {name for names in made.stops.values() for name in names}
+        for stop in made.stops:
+            tool = made.tools[stop][0]
+            assert (tool.resources, tool.lifecycle) == ((), Lifecycle.INSTANT)
+
+    def test_what_moves_the_arm_acts_once_expires_and_has_the_arm_to_itself(self):
+        moving = [tool for tool in tools_of("arm") if tool.side_effect is NON_IDEMPOTENT]
+        assert len(moving) == 12
+        assert {(tool.resources, tool.valid_for_s) for tool in moving} == {(("arm",), 5.0)}
 
     @pytest.mark.parametrize("robot", ROBOTS)
     def test_there_are_eight_to_ten_goals_for_tools_that_exist(self, robot):
