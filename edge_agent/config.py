@@ -321,8 +321,24 @@ def _tools(tools: Tools, wrong: set[str]) -> Iterator[FieldViolation]:
     for name, allowed in tools.allow.items():
         key = format_path(("tools", "allow", name))
         yield from _allowed(key, allowed, tools.servers) if is_right(key) else ()
+        yield from _verified(key, allowed.verify, tools.allow) if is_right(key) else ()
         if name == ANSWER:
             yield FieldViolation(key, f'"{ANSWER}" is taken by the branch that answers in words')
+
+
+def _verified(
+    key: str, verify: str | None, allow: Mapping[str, AllowedTool]
+) -> Iterator[FieldViolation]:
+    """Who tells whether a call acted is there, and only looks."""
+    if verify is None:
+        return
+    verifier = allow.get(verify)
+    if verifier is None:
+        said = f"{_show(verify)}, must be one of tools.allow: {', '.join(allow)}"
+        yield FieldViolation(f"{key}.verify", said)
+    elif verifier.side_effect != SideEffect.NONE or verifier.resources or verifier.needs_approval:
+        said = f"{_show(verify)} must have side effect NONE, no resources, and need no approval"
+        yield FieldViolation(f"{key}.verify", said)
 
 
 def _server(key: str, server: ToolServer) -> Iterator[FieldViolation]:
@@ -352,6 +368,8 @@ def _allowed(
     if allowed.side_effect is None:
         said = f"is missing, must be one of {', '.join(SideEffect)}"
         yield FieldViolation(f"{key}.side_effect", said)
+    if len(set(allowed.resources)) < len(allowed.resources):
+        yield FieldViolation(f"{key}.resources", "names one twice")
     names_server = allowed.server is not None or allowed.tool is not None
     if (allowed.builtin is not None) == names_server:
         yield FieldViolation(key, "must have either builtin, or server and tool")

@@ -75,6 +75,7 @@ Threads = Annotated[int, Field(ge=1, le=1024)]
 EngineName = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$")]
 BackendKey = Annotated[str, BeforeValidator(_backend)]
 AbsolutePath = Annotated[Path, BeforeValidator(_path)]
+RESOURCE: Final = r"^[a-z][a-z0-9_.-]{0,63}$"
 ToolName = Annotated[str, StringConstraints(pattern=f"^{TOOL_NAME.pattern}$")]
 
 
@@ -219,6 +220,12 @@ class AllowedTool(Section):
     timeout_s: Duration = Field(default=30.0, alias="timeout")
     rate_limit: Annotated[int, Field(ge=1, le=100_000)] | None = 60
     needs_approval: bool = False
+    resources: Annotated[
+        tuple[Annotated[str, StringConstraints(pattern=RESOURCE)], ...],
+        BeforeValidator(empty_list),
+        Field(max_length=16),
+    ] = ()
+    verify: ToolName | None = None
 
 
 class Tools(Section):

@@ -156,6 +156,8 @@ def _allowed_tool(allowed: AllowedTool) -> tools.AllowedTool:
         timeout_s=allowed.timeout_s,
         rate_limit=allowed.rate_limit,
         needs_approval=allowed.needs_approval,
+        resources=allowed.resources,
+        verify=allowed.verify or "",
     )
 
 

@@ -57,13 +57,18 @@ class ServerTool:
 
 @dataclass(frozen=True, slots=True)
 class AllowedTool:
-    """One entry of the allow-list. `rate_limit` is in calls a minute; None: as many as come."""
+    """One entry of the allow-list. `rate_limit` is in calls a minute; None: as many as come.
+
+    `resources` and `verify` as in `core.Tool`.
+    """
 
     source: Builtin | ServerTool
     side_effect: SideEffect
     timeout_s: float
     rate_limit: int | None = None
     needs_approval: bool = False
+    resources: tuple[str, ...] = ()
+    verify: str = ""
 
 
 @dataclass(frozen=True, slots=True)

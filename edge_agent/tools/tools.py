@@ -122,6 +122,8 @@ class DaemonTools:
             side_effect=allowed.side_effect,
             executor=Executor.DAEMON,
             needs_approval=allowed.needs_approval,
+            resources=allowed.resources,
+            verify=allowed.verify,
         )
 
     async def call(self, call: ToolCall, *, timeout_s: float) -> ToolResult:

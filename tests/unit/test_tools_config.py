@@ -28,7 +28,7 @@ tools:
   allow:
     now: {{builtin: clock, side_effect: NONE}}
     order: {{server: stock, tool: place-order, side_effect: NON_IDEMPOTENT, timeout: 5s,
-             rate_limit: 2, needs_approval: true}}
+             rate_limit: 2, needs_approval: true, resources: [till], verify: now}}
     route: {{server: maps, tool: route, side_effect: IDEMPOTENT, rate_limit: null}}
 """
 
@@ -53,6 +53,8 @@ def test_becomes_the_settings_of_the_tools():
                 5.0,
                 rate_limit=2,
                 needs_approval=True,
+                resources=("till",),
+                verify="now",
             ),
             "route": AllowedTool(ServerTool("maps", "route"), SideEffect.IDEMPOTENT, 30.0),
         },
@@ -118,6 +120,9 @@ def test_a_key_in_a_url_is_not_repeated():
         ("{builtin: clock, rate_limit: 100001}", ".rate_limit", "100001, must be at most 100000"),
         ("{builtin: clock, timeout: 30}", ".timeout", "must be a duration with a unit"),
         ("{builtin: clock, needs_approval: 1}", ".needs_approval", "must be true or false"),
+        ("{builtin: clock, side_effect: NONE, resources: [Arm]}", ".resources[0]", "Arm"),
+        ("{builtin: clock, side_effect: NONE, resources: [a, a]}", ".resources", "one twice"),
+        ("{builtin: clock, side_effect: NONE, verify: nobody}", ".verify", "nobody"),
         ("{builtin: clock, side_efect: NONE}", ".side_efect", "did you mean side_effect?"),
     ],
 )
