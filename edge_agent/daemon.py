@@ -29,6 +29,7 @@ from edge_agent.runs.acknowledged import AcknowledgedRuns, LedgerJournal, Ledger
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.holding import Resources
 from edge_agent.runs.runs import Runs
+from edge_agent.runs.stored_sessions import StoredSessions
 from edge_agent.scheduling.footprints import FOOTPRINTS, Footprints
 from edge_agent.scheduling.machine import TelemetryMachine
 from edge_agent.scheduling.probe import Probe, Stuck
@@ -154,9 +155,7 @@ class Daemon:
         state_dir, sysroot = file.locations.state_dir, config.telemetry.sysroot
         latch = HaltLatch(state_dir / HALTS)
         self._sampler = Sampler(
-            sysroot,
-            interval_s=config.telemetry.interval_s,
-            on_snapshot=self._hand_over,
+            sysroot, interval_s=config.telemetry.interval_s, on_snapshot=self._hand_over
         )
         self._machine = TelemetryMachine(self._sampler, sysroot)
         self._scheduler = Scheduler(
@@ -172,7 +171,8 @@ class Daemon:
         )
         self._set_limits()
         self._ledger = _open_ledger(state_dir, config)
-        journal = LedgerJournal(self._ledger)
+        sessions = StoredSessions(self._ledger)
+        journal = LedgerJournal(self._ledger, sessions.memory)
         self._runs = Runs(
             self._scheduler,
             latch,
@@ -182,8 +182,9 @@ class Daemon:
             records=LedgerRecords(self._ledger),
             journal=journal,
             resources=Resources(next_epoch(state_dir / EPOCH, self._started_s)),
+            sessions=sessions.memory,
         )
-        self._acknowledged = AcknowledgedRuns(self._runs, self._ledger, journal)
+        self._acknowledged = AcknowledgedRuns(self._runs, self._ledger, journal, sessions)
         self._probe = Probe(
             self._scheduler,
             lambda: self._file.config.scheduling.probe_interval_s,

@@ -24,6 +24,7 @@ from edge_agent.core import (
     RunError,
     RunSpec,
     RunState,
+    Session,
     ToolResult,
 )
 from edge_agent.errors import (
@@ -43,6 +44,7 @@ from edge_agent.ledger.changes import (
     NewRun,
     ResultsAcked,
     RunRecovered,
+    SessionKept,
     StepRecorded,
     StepStarted,
     StoredRun,
@@ -51,6 +53,8 @@ from edge_agent.records import CallRecord, Effect, LoggedText, Resolution, StepR
 from edge_agent.runs import history, recovery
 from edge_agent.runs.live import LiveRun
 from edge_agent.runs.runs import Runs, request_reused
+from edge_agent.runs.sessions import Sessions
+from edge_agent.runs.stored_sessions import StoredSessions
 from edge_agent.wakeup import Wakeup
 
 log = structlog.get_logger()
@@ -67,6 +71,7 @@ class Ledger(Protocol):
     def accepts_new_runs(self) -> None: ...
     async def unfinished(self) -> tuple[StoredRun, ...]: ...
     async def find(self, run_id: str) -> StoredRun | None: ...
+    async def requested(self, client: str, request_id: str, spec: RunSpec) -> Existing | None: ...
     async def trace(self, run_id: str) -> tuple[tuple[StepRecord, ...], tuple[CallRecord, ...]]: ...
     async def page(
         self, states: frozenset[RunState], before: tuple[float, str] | None, limit: int
@@ -77,9 +82,10 @@ class Ledger(Protocol):
 class LedgerJournal:
     """Implements `live.Journal`."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, sessions: Sessions) -> None:
         """Nothing is written yet."""
         self._ledger = ledger
+        self._sessions = sessions
         self.ended = Wakeup()
 
     def write(
@@ -88,14 +94,18 @@ class LedgerJournal:
         events: tuple[Event | LoggedText, ...],
         done: Callable[[Exception | None], None],
     ) -> None:
-        """Write events, and the run after them."""
+        """Write events, the run after them, and its session where they have changed it."""
+        session = self._sessions.end(run) if run.state.ended else self._sessions.changed(run)
 
         def written(error: Exception | None) -> None:
+            if session is not None:
+                self._sessions.written(session)
             done(error)
             if run.state.ended:
                 self.ended.notify()
 
-        self._ledger.enqueue(EventsAdded(run, events), done=written)
+        kept = () if session is None else (SessionKept(session),)
+        self._ledger.enqueue(EventsAdded(run, events), *kept, done=written)
 
 
 class LedgerRecords:
@@ -130,9 +140,12 @@ def _whatever_came_of_it(_error: Exception | None) -> None:
 class AcknowledgedRuns:
     """The owner of runs towards callers: `api.ports.RunsPort`."""
 
-    def __init__(self, runs: Runs, ledger: Ledger, journal: LedgerJournal) -> None:
-        """`journal` is the one that `runs` writes to."""
+    def __init__(
+        self, runs: Runs, ledger: Ledger, journal: LedgerJournal, sessions: StoredSessions
+    ) -> None:
+        """`journal` is the one that `runs` writes to, and `sessions` hold those of `runs`."""
         self._runs = runs
+        self._sessions = sessions
         self._ledger = ledger
         self._journal = journal
         self._accepting: dict[str, asyncio.Task[LiveRun]] = {}
@@ -156,6 +169,8 @@ class AcknowledgedRuns:
         if run.state is not RunState.SUSPENDED:  # what its step had said by then was not written
             run = dataclasses.replace(run, sequence=run.sequence + recovery.SEQUENCE_GAP)
         live = LiveRun(run, stored.spec, self._journal, stored.events)
+        if run.session:
+            await self._sessions.recover(run.client, run.session)
         self._runs.adopt(
             live,
             verdict.state,
@@ -180,6 +195,11 @@ class AcknowledgedRuns:
         Raises:
             LedgerFull, LedgerFailed: no durable runs now; others go on.
         """
+        if spec.session is not None:
+            earlier = await self._requested(spec, client, request_id)
+            if earlier is not None:
+                return earlier
+            await self._sessions.load(client, spec.session.id)
         if not spec.durable:
             return self._runs.create(spec, client=client, request_id=request_id)
         live, new = self._runs.accept(spec, client=client, request_id=request_id)
@@ -348,6 +368,20 @@ class AcknowledgedRuns:
         """Take a client's beat; see `Heartbeats.beat`."""
         return self._runs.beat(client, nonce, heartbeat, stop=stop)
 
+    # --- sessions ---
+
+    async def session(self, client: str, session_id: str) -> Session:
+        """A session of a client, with its history; see `StoredSessions.get`."""
+        return await self._sessions.get(client, session_id)
+
+    async def list_sessions(self, client: str | None) -> tuple[Session, ...]:
+        """Sessions of a client, or of all; see `StoredSessions.list`."""
+        return await self._sessions.list(client)
+
+    async def delete_session(self, client: str, session_id: str) -> None:
+        """Delete a session; see `StoredSessions.delete`."""
+        await self._sessions.delete(client, session_id)
+
     def counts(self) -> Mapping[RunState, int]:
         """Runs in memory by state."""
         return self._runs.counts()
@@ -358,6 +392,19 @@ class AcknowledgedRuns:
         del self._accepting[run_id]
         if not task.cancelled():
             task.exception()  # retrieved here: nobody may wait for it any more
+
+    async def _requested(self, spec: RunSpec, client: str, request_id: str) -> Run | None:
+        """What the request has made before, also before a restart: it is not busy with itself."""
+        if not spec.durable:
+            return None
+        existing = await self._ledger.requested(client, request_id, spec) if request_id else None
+        if existing is None:
+            return None
+        if not existing.same_body:
+            raise request_reused(request_id, existing.run_id)
+        live = await self._find(existing.run_id)
+        await live.settled()
+        return live.snapshot()
 
     async def _write_down(self, live: LiveRun) -> LiveRun:
         """Let an accepted run begin once it is on disk; or find the one that is there already."""

@@ -35,8 +35,10 @@ from edge_agent.runs.calls import DaemonTools, ToolCalls
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.holding import Resources
 from edge_agent.runs.live import LiveRun
-from edge_agent.runs.recording import Machine, NoRecords, Records, StepRecorder
+from edge_agent.runs.recording import SUMMARY, Machine, NoRecords, Records, StepRecorder
+from edge_agent.runs.sessions import Sessions
 from edge_agent.runs.settings import RunSettings
+from edge_agent.runs.shortening import PastTurns
 
 log = structlog.get_logger()
 
@@ -78,6 +80,7 @@ class Surroundings:
     records: Records = field(default_factory=NoRecords)
     machine: Machine | None = None
     resources: Resources = field(default_factory=Resources)
+    sessions: Sessions = field(default_factory=Sessions)
 
 
 class RunLoop:
@@ -109,6 +112,7 @@ class RunLoop:
             self._recorder,
             around.resources,
         )
+        self._past = PastTurns(live, around.sessions, engine)
         self._settings = settings
         self._deadline_s: float | None = None
         self._ending: tuple[RunState, RunError] | None = None
@@ -247,8 +251,6 @@ class RunLoop:
             calls_left = spec.limits.max_tool_calls - len(history.calls_of(self.live.run))
             answer_only = step == spec.limits.max_steps or calls_left <= 0
             result = await self._decide(step, answer_only=answer_only)
-            # First, so that a step which the run can't follow counts as well.
-            self.live.update(usage=self.live.run.usage.plus(result.usage))
             calls = self._number(result.tool_calls)
             self._step_finished(step, result, calls)
             if calls:
@@ -270,9 +272,22 @@ class RunLoop:
         return True
 
     async def _decide(self, step: int, *, answer_only: bool) -> StepResult:
-        spec, run, records = self.live.spec, self.live.run, self._around.records
-        request = StepRequest(
-            messages=(*spec.messages, *run.transcript),
+        """Decide a step; the history of the run's session makes room for it where it has to."""
+
+        async def summarise(request: StepRequest) -> StepResult:
+            return await self._ask(step, request, is_summary=True)
+
+        await self._past.bound(step, self._settings.max_history_bytes, summarise)
+        while True:
+            try:
+                return await self._ask(step, self._request(answer_only=answer_only))
+            except StepFailed as failed:
+                await self._past.make_room(step, failed, summarise)
+
+    def _request(self, *, answer_only: bool) -> StepRequest:
+        spec = self.live.spec
+        return StepRequest(
+            messages=(*self._past.messages, *spec.messages, *self.live.run.transcript),
             tools=spec.tools,
             output_schema_json=spec.output_schema_json,
             answer_only=answer_only,
@@ -280,15 +295,29 @@ class RunLoop:
             sampling=spec.sampling,
             tool_strategy=spec.tool_strategy,
         )
+
+    async def _ask(
+        self, step: int, request: StepRequest, *, is_summary: bool = False
+    ) -> StepResult:
+        """One attempt at a step, on record."""
+        spec, run, records = self.live.spec, self.live.run, self._around.records
         if run.durable:
             records.step_started(run.id, step)
         record = self._recorder.begin(step, run.steps or None, self._attempt)
+        if is_summary:
+            record = dataclasses.replace(record, route=SUMMARY, tools_hash="", seed=None)
+        self._attempt += 1
+
+        def on_text(text: str, tokens: int) -> None:
+            if not is_summary:
+                self.live.add_text(step, text, tokens)
+
         try:
             result = await self._around.steps.decide(
                 spec.engine,
                 request,
                 StepOrigin(run.client, spec.priority, self._deadline_s, run.id),
-                on_text=lambda text, tokens: self.live.add_text(step, text, tokens),
+                on_text=on_text,
                 on_state=self.live.move_to,
             )
         except asyncio.CancelledError:
@@ -300,7 +329,10 @@ class RunLoop:
             raise
         message = _message(result, result.tool_calls)
         records.step(self._recorder.decided(record, result, message))
-        self._attempt = 1
+        # First, so that a step which the run can't follow counts as well.
+        self.live.update(usage=self.live.run.usage.plus(result.usage))
+        if not is_summary:
+            self._attempt = 1
         return result
 
     def _number(self, decided: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
@@ -415,6 +447,7 @@ class RunLoop:
             telemetry=self._recording.end() if self._recording else None,
         )
         run = self.live.run
+        self._around.sessions.ended(run)
         log.info(
             "run_finished",
             run=run.id,

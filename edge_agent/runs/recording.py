@@ -22,6 +22,8 @@ from edge_agent.core import (
 )
 from edge_agent.records import CallRecord, Effect, Resolution, ResultClass, StepRecord
 
+SUMMARY = "SUMMARY"
+"""The route of a step that sums up a session's history, and decides nothing."""
 Bodies = Literal["off", "errors", "all"]
 _NOTHING = ("", "{}", "[]", "null", '""')
 """Results that look like one and say nothing."""

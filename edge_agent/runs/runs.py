@@ -48,6 +48,7 @@ from edge_agent.runs.holds import Holder, Holding
 from edge_agent.runs.live import Journal, LiveRun
 from edge_agent.runs.loop import Recording, RunLoop, Steps, Surroundings
 from edge_agent.runs.recording import Machine, NoRecords, Records
+from edge_agent.runs.sessions import Sessions
 from edge_agent.runs.settings import RunSettings
 from edge_agent.runs.store import MemoryRunStore
 
@@ -78,7 +79,7 @@ class Recorder(Machine, Protocol):
 class Runs:
     """All runs and the Halt latch."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of a daemon, by name
         self,
         engines: Engines,
         latch: HaltLatch,
@@ -89,14 +90,22 @@ class Runs:
         records: Records | None = None,
         journal: Journal | None = None,
         resources: Resources | None = None,
+        sessions: Sessions | None = None,
     ) -> None:
         """No runs yet. `journal` is where durable runs are written; None: there are none."""
         self.settings = settings
         self._engines = engines
         self._latch = latch
         self._resources = resources or Resources()
+        self._sessions = sessions or Sessions()
         self._around = Surroundings(
-            engines, latch, daemon_tools, records or NoRecords(), recorder, self._resources
+            engines,
+            latch,
+            daemon_tools,
+            records or NoRecords(),
+            recorder,
+            self._resources,
+            self._sessions,
         )
         self._journal = journal
         self._halting = Halting(latch, self._stop_covered)
@@ -131,11 +140,13 @@ class Runs:
             AlreadyExists: reason REQUEST_ID_REUSED, the same `request_id` with another body.
             Halted, Unavailable, Overloaded: no new runs now.
             NotFound: no such engine.
+            FailedPrecondition, InvalidRequest: its session can't be used so; see `Sessions.check`.
         """
         earlier = self._store.find_request(client, request_id) if request_id else None
         if earlier is not None:
             return self._same_request(earlier, spec, request_id), False
         engine = self._check_acceptable(spec, client)
+        self._sessions.check(client, spec, self.settings)
         run = Run(
             id=uuid.uuid4().hex,
             request_id=request_id,
@@ -146,8 +157,10 @@ class Runs:
             created_at_s=time.time(),
             priority=spec.priority,
             durable=spec.durable,
+            session=spec.session.id if spec.session else "",
         )
         live = LiveRun(run, spec, self._journal if spec.durable else None)
+        self._sessions.begin(run, spec)
         self._accepted.add(run.id)
         self._keep(live, engine)
         return live, True
@@ -167,6 +180,7 @@ class Runs:
     def forget(self, run_id: str) -> None:
         """Forget an accepted run that is not to begin after all."""
         self._accepted.discard(run_id)
+        self._sessions.forget(self._find(run_id).live.run)
         self._store.forget(run_id)
 
     def adopt(
@@ -186,6 +200,7 @@ class Runs:
             engine = self._engines.engine(live.spec.engine)
         except NotFound:  # it may be installed by the time that somebody resumes the run
             engine = None
+        self._sessions.begin(live.run, live.spec)
         loop = self._keep(live, engine)
         loop.take_over(attempt, calls)
         halt = self._latch.covering_run(live.run.client, live.run.agent)

@@ -47,6 +47,7 @@ from edge_agent.runs.acknowledged import AcknowledgedRuns, LedgerJournal, Ledger
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
 from edge_agent.runs.settings import RunSettings
+from edge_agent.runs.stored_sessions import StoredSessions
 
 OPEN = '{"type":"object"}'
 MAIL = Tool("mail", "Send.", OPEN, executor=Executor.DAEMON)
@@ -222,7 +223,10 @@ async def live(directory: Path, count: int, bug: str) -> None:
     effects = Effects(path)
     ledger = Ledger.open(directory, LEDGER)
     planted = BUGS.get(bug, object)
-    journal = (planted if issubclass(planted, LedgerJournal) else LedgerJournal)(ledger)
+    sessions = StoredSessions(ledger)
+    journal = (planted if issubclass(planted, LedgerJournal) else LedgerJournal)(
+        ledger, sessions.memory
+    )
     records = (planted if issubclass(planted, LedgerRecords) else LedgerRecords)(ledger)
     runs = Runs(
         Engine(),
@@ -231,8 +235,9 @@ async def live(directory: Path, count: int, bug: str) -> None:
         daemon_tools=DaemonTools(effects),
         records=records,
         journal=journal,
+        sessions=sessions.memory,
     )
-    owner = AcknowledgedRuns(runs, ledger, journal)
+    owner = AcknowledgedRuns(runs, ledger, journal, sessions)
     await owner.recover()
     say("recovered", str(len(ledger.degraded)))
     caller = Caller(owner, effects, done)

@@ -26,6 +26,7 @@ from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.live import LiveRun
 from edge_agent.runs.runs import Runs
 from edge_agent.runs.settings import RunSettings
+from edge_agent.runs.stored_sessions import StoredSessions
 from tests.support.ledger import SETTINGS as LEDGER
 from tests.support.scripted_engine import ScriptedEngines, Step, spec
 from tests.support.virtual_time import AtOnce, VirtualTimeLoop
@@ -148,7 +149,8 @@ class Life:
 
     async def _start(self) -> None:
         self.engines = ScriptedEngines()
-        journal = self._parts.journal(self.ledger)
+        sessions = StoredSessions(self.ledger)
+        journal = self._parts.journal(self.ledger, sessions.memory)
         latch = HaltLatch(self.directory / HALTS_FILE)
         self.runs = self._parts.runs(
             self.engines,
@@ -157,10 +159,13 @@ class Life:
             daemon_tools=self.tools,
             records=self._parts.records(self.ledger),
             journal=journal,
+            sessions=sessions.memory,
         )
-        self.owner = AcknowledgedRuns(self.runs, self.ledger, journal)
+        self.owner = AcknowledgedRuns(self.runs, self.ledger, journal, sessions)
         strangers = Runs(self.engines, latch, SETTINGS)
-        self.reader = AcknowledgedRuns(strangers, self.ledger, LedgerJournal(self.ledger))
+        others = StoredSessions(self.ledger)
+        unused = LedgerJournal(self.ledger, others.memory)
+        self.reader = AcknowledgedRuns(strangers, self.ledger, unused, others)
         """Knows what is on disk, and nothing else."""
 
     def recover(self) -> None:

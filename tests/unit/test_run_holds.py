@@ -30,6 +30,7 @@ from edge_agent.runs import runs as owner
 from edge_agent.runs.acknowledged import AcknowledgedRuns, LedgerJournal
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
+from edge_agent.runs.stored_sessions import StoredSessions
 from tests.support.scripted_engine import SETTINGS, ScriptedEngines, result, settle
 from tests.unit.test_run_calls import KeptRecords, ScriptedTools, World
 
@@ -577,7 +578,8 @@ class TestWithoutALedger:
             latch = HaltLatch(tmp_path / "halts.json")
             settings = dataclasses.replace(SETTINGS, cancel_confirm_s=0.01)
             runs = Runs(engines, latch, settings)
-            owner = AcknowledgedRuns(runs, ledger, LedgerJournal(ledger))
+            sessions = StoredSessions(ledger)
+            owner = AcknowledgedRuns(runs, ledger, LedgerJournal(ledger, sessions.memory), sessions)
             world = World(runs, engines, ScriptedTools(), KeptRecords())
             run_id = world.start(DRIVE)
             await world.decide(("drive", "{}"))
