@@ -57,6 +57,12 @@ KEYS = {
         "step_cpu_us",
         "bytes_per_step",
     },
+    "tool_calls": {
+        "ranked_vs_schema_accuracy",
+        "ranked_full_accuracy",
+        "schema_valid",
+        "ranked_time_ratio",
+    },
     "prefixes": {"cold_ms_0.3k", "warm_ms_0.3k", "first_ms_0.3k", "tool_ms_0.3k", "tokens_0.3k"},
 }
 
