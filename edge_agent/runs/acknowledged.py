@@ -32,6 +32,7 @@ from edge_agent.errors import (
     InvalidRequest,
     LedgerFailed,
     LedgerFull,
+    LedgerRowCorrupt,
     NotFound,
 )
 from edge_agent.events import Event, RunFinished, ToolUpdated
@@ -56,6 +57,8 @@ from edge_agent.runs.runs import Runs, request_reused
 from edge_agent.runs.sessions import Sessions
 from edge_agent.runs.stored_sessions import StoredSessions
 from edge_agent.wakeup import Wakeup
+
+_PAGE_RUNS = 100
 
 log = structlog.get_logger()
 
@@ -154,10 +157,26 @@ class AcknowledgedRuns:
 
     async def recover(self) -> int:
         """Take over what the last daemon has left unfinished; returns how many runs that is."""
+        await self._hold_unknown()
         left = await self._ledger.unfinished()
         for stored in left:
             await self._take_over(stored)
         return len(left)
+
+    async def _hold_unknown(self) -> None:
+        """Calls of ended runs of which nobody knows have what they used until that is resolved."""
+        states, before = frozenset({RunState.OUTCOME_UNKNOWN}), None
+        while page := await self._ledger.page(states, before, _PAGE_RUNS):
+            for run in page:
+                before = run.created_at_s, run.id
+                try:
+                    stored = await self._ledger.find(run.id)
+                    _steps, calls = await self._ledger.trace(run.id)
+                except LedgerRowCorrupt as error:
+                    log.error("holds_unreadable", run=run.id, error=error.message)
+                    continue
+                if stored is not None:
+                    self._runs.still_hold(run, stored.spec, calls)
 
     async def _take_over(self, stored: StoredRun) -> None:
         run = history.with_transcript(stored.run, stored.events)

@@ -309,6 +309,17 @@ class Runs:
         """It is known what came of a call: what it used is free."""
         self._resources.release(run_id, call_id)
 
+    def still_hold(self, run: Run, spec: RunSpec, calls: Iterable[CallRecord]) -> None:
+        """A run that ended under an earlier daemon: its unknown calls have what they used."""
+        tools = {tool.name: tool for tool in spec.tools}
+        for call in calls:
+            tool = tools.get(call.tool)
+            if call.effect is Effect.UNKNOWN and tool is not None and tool.resources:
+                holder = Holder(
+                    run.id, call.call_id, call.tool, run.client, run.agent, Holding.UNKNOWN
+                )
+                self._resources.retake(holder, tool.resources)
+
     def doubtful(self, run_id: str, call_id: str) -> CallRecord | None:
         """A call that holds something since nobody knows of it, as far as it is known here."""
         for holder in self._resources.holders().values():

@@ -9,6 +9,7 @@ configuration that has a daemon start it.
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,7 @@ SLOTS = 16
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _BEGIN, _END = "SCRIPT", "END-OF-SCRIPT"
 
-Calls = list[tuple[str, dict[str, object]]]
+Calls = Sequence[tuple[str, Mapping[str, object]]]
 """What one step calls: names and arguments."""
 
 
@@ -46,8 +47,11 @@ def writes(prompt: str) -> str:
     return "".join(f"<call>{json.dumps(call)}</call>" for call in calls)
 
 
-def install(store: Path) -> str:
-    """Write the engine and its interpreter below `store`; returns the daemon's configuration."""
+def install(store: Path, runs: str = "") -> str:
+    """Write the engine and its interpreter below `store`; returns the daemon's configuration.
+
+    `runs` is more of its section of that name.
+    """
     directory = store / SCRIPTED
     for path, data in FILES.items():
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +65,7 @@ def install(store: Path) -> str:
     )
     python.chmod(0o755)
     return (
-        f"runs: {{default_engine: {SCRIPTED}}}\npreload: [{SCRIPTED}]\n"
+        f"runs: {{default_engine: {SCRIPTED}, {runs}}}\npreload: [{SCRIPTED}]\n"
         f"worker: {{threads: 1, python: {{llama_cpp: {python}}}}}\n"
     )
 
@@ -94,5 +98,5 @@ class ScriptedBackend(ToyBackend):
 
 
 if __name__ == "__main__":
-    worker.create_backend = lambda _name: ScriptedBackend()
+    vars(worker)["create_backend"] = lambda _name: ScriptedBackend()
     worker.main(*(int(argument) for argument in sys.argv[1:4]))
