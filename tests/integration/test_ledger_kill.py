@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from edge_agent.core import RunState
 from tests.support.chaos import TIMES
-from tests.support.ledger import ended, new, opened, went_on
+from tests.support.ledger import SETTINGS, ended, new, opened, went_on
 
 KILLS = 6 * TIMES
 CALLERS = 8
+ROOMY = replace(SETTINGS, max_bytes=16 << 30)
+"""So that no run has to make room for others."""
 
 
 async def write_until_killed(directory: Path, life: int) -> None:
@@ -39,7 +42,7 @@ async def write_until_killed(directory: Path, life: int) -> None:
     def told(name: str, sequence: int) -> None:
         os.write(1, f"{name} {sequence}\n".encode())
 
-    async with opened(directory) as ledger:
+    async with opened(directory, ROOMY) as ledger:
         await asyncio.gather(*(caller(number) for number in range(CALLERS)))
 
 
@@ -65,7 +68,7 @@ def killed_after(directory: Path, life: int, wait_s: float) -> dict[str, int]:
 @pytest.mark.timeout(60 * TIMES)
 def test_no_kill_loses_what_was_acknowledged(tmp_path: Path):
     async def check() -> None:
-        async with opened(tmp_path) as ledger:
+        async with opened(tmp_path, ROOMY) as ledger:
             assert ledger.degraded == ()
             for name, sequence in acked.items():
                 stored = await ledger.find(name)
