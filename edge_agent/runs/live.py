@@ -113,6 +113,11 @@ class LiveRun:
         sequence = self._log.sequence + 1
         self.emit(RunFinished(dataclasses.replace(self._run, **changes, sequence=sequence)))
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that has happened up to now may be seen."""
+        return not self._unwritten
+
     async def settled(self) -> None:
         """Wait until all that has happened up to now may be seen.
 

@@ -389,8 +389,8 @@ class Runs:
         outcome = await self._halting.halt(scope, target, reason, client)
         settling = [
             asyncio.ensure_future(loop.live.settled())
-            for loop, _task in self._active.values()
-            if loop.live.run.durable
+            for loop in self._store.newest_first()  # also what has just been stopped
+            if not loop.live.is_settled
         ]
         if settling:
             await asyncio.wait(settling, timeout=_SETTLE_S)
