@@ -41,7 +41,8 @@ _DAEMON_STATES = {
 class RunOptions(TypedDict, total=False):
     """What else a run may be given; what is left out is the daemon's default.
 
-    `system` is put in front of the messages. `timeout_s` counts from acceptance to the end.
+    `system` is put in front of the messages, in a session's first run only. `timeout_s` counts from
+    acceptance to the end.
     """
 
     engine: str
@@ -60,6 +61,8 @@ class RunOptions(TypedDict, total=False):
     priority: core.Priority
     durable: bool
     tool_strategy: core.ToolStrategy
+    session: str
+    session_overflow: core.Overflow
 
 
 def run_spec(
@@ -95,7 +98,15 @@ def run_spec(
         tool_strategy=convert_response.TOOL_STRATEGIES[options["tool_strategy"]]
         if "tool_strategy" in options
         else types_pb2.TOOL_STRATEGY_UNSPECIFIED,
+        session=_session_use(options) if "session" in options else None,
     )
+
+
+def _session_use(options: RunOptions) -> run_service_pb2.SessionUse:
+    overflow = run_service_pb2.SESSION_OVERFLOW_UNSPECIFIED
+    if "session_overflow" in options:
+        overflow = convert_response.OVERFLOWS[options["session_overflow"]]
+    return run_service_pb2.SessionUse(id=options["session"], overflow=overflow)
 
 
 def tool(value: core.Tool) -> types_pb2.Tool:
@@ -171,10 +182,10 @@ def results_wanted(
 
 
 def beat_request(
-    nonce: int, heartbeat: Heartbeat | None, *, stop: bool
+    nonce: int, heartbeat: Heartbeat | None, session: str, *, stop: bool
 ) -> run_service_pb2.BeatRequest:
-    """A beat; the first one with what is asked for."""
-    request = run_service_pb2.BeatRequest(nonce=nonce, stop=stop)
+    """A beat, for a session or for all (empty); the first one with what is asked for."""
+    request = run_service_pb2.BeatRequest(nonce=nonce, stop=stop, session=session)
     if heartbeat is not None:
         filled(request.window, heartbeat.window_s)
         if heartbeat.suspend_after_s is not None:
@@ -208,12 +219,12 @@ def run(value: run_service_pb2.Run) -> core.Run:
         sequence=value.sequence,
         ended_at_s=seconds(value.ended_at) if value.HasField("ended_at") else None,
         steps=value.steps,
-        transcript=tuple(_message(turn) for turn in value.transcript),
+        transcript=tuple(message(turn) for turn in value.transcript),
         open_tool_calls=tuple(map(_tool_call, value.open_tool_calls)),
         daemon_tool_calls=tuple(map(_tool_call, value.daemon_tool_calls)),
         unapproved_tool_calls=tuple(map(_tool_call, value.unapproved_tool_calls)),
         background_tool_calls=tuple(map(_tool_call, value.background_tool_calls)),
-        pending_messages=tuple(map(_message, value.pending_messages)),
+        pending_messages=tuple(map(message, value.pending_messages)),
         partial_text=value.partial_text,
         answer=value.answer if value.HasField("answer") else None,
         error=run_error(value.error) if value.HasField("error") else None,
@@ -221,6 +232,7 @@ def run(value: run_service_pb2.Run) -> core.Run:
         telemetry=run_telemetry(value.telemetry) if value.HasField("telemetry") else None,
         priority=priority(value.priority),
         durable=value.durable,
+        session=value.session,
     )
 
 
@@ -336,7 +348,7 @@ def _body(  # noqa: C901, PLR0911, PLR0912 - one a kind
             return events.DaemonToolStarted(started.step, _tool_call(started.tool_call))
         case "messages_added":
             added = value.messages_added
-            return events.MessagesAdded(tuple(map(_message, added.messages)), added.pending)
+            return events.MessagesAdded(tuple(map(message, added.messages)), added.pending)
         case "tool_updated":
             update = value.tool_updated
             return events.ToolUpdated(
@@ -350,6 +362,15 @@ def _body(  # noqa: C901, PLR0911, PLR0912 - one a kind
         case "cancel_tool":
             cancel = value.cancel_tool
             return events.CancelTool(cancel.tool_call_id, run_error(cancel.reason))
+        case "history_shortened":
+            shortened = value.history_shortened
+            return events.HistoryShortened(
+                shortened.step,
+                shortened.dropped_messages,
+                shortened.summarised_messages,
+                shortened.kept_messages,
+                shortened.summary,
+            )
         case "run_finished":
             return events.RunFinished(run(value.run_finished.run))
         case _:
@@ -359,7 +380,7 @@ def _body(  # noqa: C901, PLR0911, PLR0912 - one a kind
 def _step_finished(value: run_service_pb2.StepFinished) -> events.StepFinished:
     return events.StepFinished(
         step=value.step,
-        message=_message(value.message),
+        message=message(value.message),
         usage=usage(value.usage),
         finish_reason=_FINISH_REASONS.get(value.finish_reason, core.FinishReason.UNSPECIFIED),
         tool_margin=value.tool_margin if value.HasField("tool_margin") else None,
@@ -386,13 +407,15 @@ def _counts(runs: Mapping[str, int]) -> dict[core.RunState, int]:
     return counts | ({core.RunState.UNSPECIFIED: unknown} if unknown else {})
 
 
-def _message(value: types_pb2.Message) -> core.Message:
+def message(value: types_pb2.Message) -> core.Message:
+    """One turn of a conversation."""
     return core.Message(
         role=_ROLES.get(value.role, core.Role.ASSISTANT),
         parts=_parts(value.parts),
         tool_calls=tuple(_tool_call(call) for call in value.tool_calls),
         tool_call_id=value.tool_call_id,
         is_error=value.is_error,
+        is_summary=value.is_summary,
     )
 
 

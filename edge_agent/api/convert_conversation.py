@@ -49,7 +49,9 @@ def messages_of(
         _answers(message, role, unanswered, found, at)
         parts = parts_of(message.parts, found, f"{at}.parts")
         _content(message, role, found, at)
-        converted.append(Message(role, parts, calls, message.tool_call_id, message.is_error))
+        converted.append(
+            Message(role, parts, calls, message.tool_call_id, message.is_error, message.is_summary)
+        )
     last = messages[-1].role
     if last in (types_pb2.ROLE_SYSTEM, types_pb2.ROLE_ASSISTANT):
         at = f"{path}[{len(messages) - 1}].role"

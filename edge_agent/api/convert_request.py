@@ -19,11 +19,13 @@ from edge_agent.core import (
     HaltScope,
     Limits,
     Message,
+    Overflow,
     Priority,
     Role,
     RunSpec,
     RunState,
     Sampling,
+    SessionUse,
     ToolStrategy,
 )
 from edge_agent.heartbeat import Heartbeat
@@ -48,6 +50,9 @@ _SCOPES = {
 _PRIORITIES = {
     value: Priority[name[9:]] for name, value in run_service_pb2.Priority.items() if value
 } | {run_service_pb2.PRIORITY_UNSPECIFIED: Priority.NORMAL}
+_OVERFLOWS = {
+    value: Overflow[name[17:]] for name, value in run_service_pb2.SessionOverflow.items() if value
+}
 _STRATEGIES = {
     value: ToolStrategy[name[14:]] for name, value in types_pb2.ToolStrategy.items() if value
 }
@@ -147,6 +152,7 @@ def heartbeat(request: run_service_pb2.BeatRequest) -> Heartbeat | None:
     Raises InvalidRequest.
     """
     found = Violations()
+    found.text("session", request.session, max_bytes=MAX_NAME_BYTES)
     asked_s: dict[str, float | None] = {}
     for field, duration in request.ListFields():
         if isinstance(duration, Duration):
@@ -275,7 +281,19 @@ def _spec(
         priority=priority or Priority.NORMAL,
         durable=spec.durable if spec.HasField("durable") else limits.durable,
         tool_strategy=strategy,
+        session=_session(spec.session, found, f"{path}.session")
+        if spec.HasField("session")
+        else None,
     )
+
+
+def _session(use: run_service_pb2.SessionUse, found: Violations, path: str) -> SessionUse:
+    found.name(f"{path}.id", use.id)
+    overflow = _OVERFLOWS.get(use.overflow)
+    if overflow is None and use.overflow:
+        known = ", ".join(Overflow)
+        found.add(f"{path}.overflow", f"{use.overflow} is no overflow, one of {known} expected")
+    return SessionUse(use.id, overflow)
 
 
 def _limits(asked: types_pb2.Limits, limits: RequestLimits, found: Violations, path: str) -> Limits:

@@ -37,6 +37,10 @@ EXECUTORS = {
 LIFECYCLES = {
     lifecycle: types_pb2.Lifecycle.Value(f"LIFECYCLE_{lifecycle}") for lifecycle in core.Lifecycle
 }
+OVERFLOWS = {
+    overflow: run_service_pb2.SessionOverflow.Value(f"SESSION_OVERFLOW_{overflow}")
+    for overflow in core.Overflow
+}
 TOOL_STRATEGIES = {
     strategy: types_pb2.ToolStrategy.Value(f"TOOL_STRATEGY_{strategy.name}")
     for strategy in core.ToolStrategy
@@ -137,6 +141,7 @@ def fill_run(target: run_service_pb2.Run, value: core.Run, *, with_transcript: b
         fill_run_telemetry(target.telemetry, value.telemetry)
     target.priority = PRIORITIES[value.priority]
     target.durable = value.durable
+    target.session = value.session
 
 
 def fill_event(  # noqa: C901, PLR0912 - one a kind
@@ -182,6 +187,8 @@ def fill_event(  # noqa: C901, PLR0912 - one a kind
         case events.CancelTool(tool_call_id=call_id, reason=reason):
             target.cancel_tool.tool_call_id = call_id
             _fill_error(target.cancel_tool.reason, reason)
+        case events.HistoryShortened() as shortened:
+            target.history_shortened.CopyFrom(_history_shortened(shortened))
         case events.Snapshot(run=value):
             fill_run(target.snapshot, value)
         case events.RunFinished(run=value):
@@ -269,6 +276,16 @@ def _fill_error(target: types_pb2.RunError, error: core.RunError) -> types_pb2.R
     return target
 
 
+def _history_shortened(shortened: events.HistoryShortened) -> run_service_pb2.HistoryShortened:
+    return run_service_pb2.HistoryShortened(
+        step=shortened.step,
+        dropped_messages=shortened.dropped_messages,
+        summarised_messages=shortened.summarised_messages,
+        kept_messages=shortened.kept_messages,
+        summary=shortened.summary,
+    )
+
+
 def _fill_message(target: types_pb2.Message, turn: core.Message) -> types_pb2.Message:
     target.role = _ROLES[turn.role]
     for part in turn.parts:
@@ -276,6 +293,7 @@ def _fill_message(target: types_pb2.Message, turn: core.Message) -> types_pb2.Me
     if turn.tool_calls:
         target.tool_calls.extend(map(tool_call, turn.tool_calls))
     target.tool_call_id, target.is_error = turn.tool_call_id, turn.is_error
+    target.is_summary = turn.is_summary
     return target
 
 

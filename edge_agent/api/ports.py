@@ -19,6 +19,7 @@ from edge_agent.core import (
     RunError,
     RunSpec,
     RunState,
+    Session,
     Tool,
     ToolResult,
 )
@@ -60,6 +61,7 @@ class RunsPort(Protocol):
 
         Raises:
             AlreadyExists: the same `request_id` with another body.
+            FailedPrecondition: its session is busy, full, or can't be used so.
             Halted, Unavailable, Overloaded, LedgerFull: no new runs now.
             NotFound: no such engine.
         """
@@ -179,8 +181,29 @@ class RunsPort(Protocol):
         """Every latched Halt."""
         ...
 
-    def beat(self, client: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool) -> int:
+    async def session(self, client: str, session_id: str) -> Session:
+        """A session of a client, with its history. Raises NotFound."""
+        ...
+
+    async def list_sessions(self, client: str | None) -> tuple[Session, ...]:
+        """Sessions of a client, or of all, without histories; the one used last first."""
+        ...
+
+    async def delete_session(self, client: str, session_id: str) -> None:
+        """Delete a session with its history.
+
+        Raises:
+            NotFound: there is none.
+            FailedPrecondition: a run of it goes on.
+        """
+        ...
+
+    def beat(
+        self, client: str, session: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool
+    ) -> int:
         """Take a client's beat; returns the nonce of the next one, 0 where the watch ends.
+
+        It is for a session's runs, or for all of the client's where `session` is empty.
 
         `heartbeat` is what a beat with nonce 0 asks for, and None with any other, and with `stop`.
 

@@ -12,7 +12,13 @@ from typing import Self
 
 import structlog
 
-from edge_agent.api import convert_request, convert_response, convert_tools, convert_trace
+from edge_agent.api import (
+    convert_request,
+    convert_response,
+    convert_session,
+    convert_tools,
+    convert_trace,
+)
 from edge_agent.api.errors import Context
 from edge_agent.api.interceptors import admin_socket_required, current_call
 from edge_agent.api.ports import RequestLimits, RunsPort
@@ -211,8 +217,34 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         """Take a client's beat."""
         heartbeat = convert_request.heartbeat(request)
         client = current_call().client
-        nonce = self._runs.beat(client, request.nonce, heartbeat, stop=request.stop)
+        nonce = self._runs.beat(
+            client, request.session, request.nonce, heartbeat, stop=request.stop
+        )
         return pb.BeatResponse(nonce=nonce)
+
+    async def GetSession(
+        self, request: pb.GetSessionRequest, context: Context
+    ) -> pb.GetSessionResponse:
+        """A session with its history."""
+        client, session_id = _session_of("GetSession", request)
+        session = await self._runs.session(client, session_id)
+        return pb.GetSessionResponse(session=convert_session.session(session))
+
+    async def ListSessions(
+        self, request: pb.ListSessionsRequest, context: Context
+    ) -> pb.ListSessionsResponse:
+        """The caller's sessions, on admin.sock everybody's."""
+        call = current_call()
+        sessions = await self._runs.list_sessions(None if call.admin else call.client)
+        return pb.ListSessionsResponse(sessions=map(convert_session.session, sessions))
+
+    async def DeleteSession(
+        self, request: pb.DeleteSessionRequest, context: Context
+    ) -> pb.DeleteSessionResponse:
+        """Delete a session with its history."""
+        client, session_id = _session_of("DeleteSession", request)
+        await self._runs.delete_session(client, session_id)
+        return pb.DeleteSessionResponse()
 
     async def _create(
         self, request: pb.CreateRunRequest | pb.ExecuteRunRequest, prefix: str = ""
@@ -258,6 +290,17 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
                 tool_call_id=result.tool_call_id,
                 reason=late.reason,
             )
+
+
+def _session_of(
+    what: str, request: pb.GetSessionRequest | pb.DeleteSessionRequest
+) -> tuple[str, str]:
+    """Whose session is asked for, and which; another client's on admin.sock only."""
+    session_id, client = convert_session.asked(request)
+    call = current_call()
+    if client and client != call.client and not call.admin:
+        raise admin_socket_required(f"{what} of another client")
+    return client or call.client, session_id
 
 
 class _RunOfStream:

@@ -19,6 +19,7 @@ COMMANDS = (
     "run",
     "status",
     "runs",
+    "sessions",
     "explain",
     "trace",
     "doctor",

@@ -9,7 +9,13 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from edge_agent.api import convert_client as convert
-from edge_agent.api import convert_engine, convert_response, convert_telemetry, convert_trace
+from edge_agent.api import (
+    convert_engine,
+    convert_response,
+    convert_session,
+    convert_telemetry,
+    convert_trace,
+)
 from edge_agent.api.convert_client import RunOptions
 from edge_agent.client.toolbox import Toolbox, Tools
 from edge_agent.client.wire import (
@@ -29,6 +35,7 @@ from edge_agent.core import (
     Message,
     Run,
     RunState,
+    Session,
     TextPart,
     Tool,
     ToolResult,
@@ -214,16 +221,32 @@ class AsyncClient:
         """Lift a Halt."""
         await self._call(self._runs.ClearHalt, run_pb.ClearHaltRequest(halt_id=halt_id))
 
+    async def session(self, session_id: str, *, client: str = "") -> Session:
+        """A session with its history; another client's on admin.sock only."""
+        request = run_pb.GetSessionRequest(session_id=session_id, client=client)
+        return convert_session.read((await self._call(self._runs.GetSession, request)).session)
+
+    async def sessions(self) -> tuple[Session, ...]:
+        """This client's sessions without their histories; on admin.sock everybody's."""
+        response = await self._call(self._runs.ListSessions, run_pb.ListSessionsRequest())
+        return tuple(map(convert_session.read, response.sessions))
+
+    async def delete_session(self, session_id: str, *, client: str = "") -> None:
+        """Delete a session with its history; another client's on admin.sock only."""
+        request = run_pb.DeleteSessionRequest(session_id=session_id, client=client)
+        await self._call(self._runs.DeleteSession, request)
+
     async def beat(
         self,
         nonce: int = 0,
         heartbeat: Heartbeat | None = None,
         *,
+        session: str = "",
         stop: bool = False,
         timeout_s: float | None = None,
     ) -> int:
         """Say that this client is alive, as `Client.beat` does."""
-        request = convert.beat_request(nonce, heartbeat, stop=stop)
+        request = convert.beat_request(nonce, heartbeat, session, stop=stop)
         return (await self._call(self._runs.Beat, request, timeout_s)).nonce
 
     @asynccontextmanager
@@ -233,6 +256,7 @@ class AsyncClient:
         *,
         suspend_after_s: float | None = None,
         cancel_after_s: float | None = None,
+        session: str = "",
     ) -> AsyncIterator[None]:
         """Beat in a task, at a third of the window: shows that this event loop gets on.
 
@@ -240,7 +264,7 @@ class AsyncClient:
         """
         asked = Heartbeat(window_s, suspend_after_s, cancel_after_s)
         timeout_s = min(window_s, BEAT_TIMEOUT_S)
-        nonce, left = await self.beat(0, asked), asyncio.Event()
+        nonce, left = await self.beat(0, asked, session=session), asyncio.Event()
 
         async def go_on() -> None:
             nonlocal nonce
@@ -249,7 +273,9 @@ class AsyncClient:
                     await asyncio.wait_for(left.wait(), window_s / 3)
                     return
                 try:
-                    nonce = await self.beat(nonce, None if nonce else asked, timeout_s=timeout_s)
+                    nonce = await self.beat(
+                        nonce, None if nonce else asked, session=session, timeout_s=timeout_s
+                    )
                 except EdgeAgentError:  # no answer, or not to this beat: begin anew
                     nonce = 0
 
@@ -260,7 +286,7 @@ class AsyncClient:
             left.set()  # not cut off: a beat on its way might begin the watch anew behind the stop
             await beating
             with suppress(EdgeAgentError):  # the daemon is gone, or another program beats
-                await self.beat(nonce, stop=True, timeout_s=timeout_s)
+                await self.beat(nonce, session=session, stop=True, timeout_s=timeout_s)
 
     async def engines(self) -> tuple[EngineInfo, ...]:
         """All installed engines."""

@@ -10,7 +10,13 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from edge_agent.api import convert_client as convert
-from edge_agent.api import convert_engine, convert_response, convert_telemetry, convert_trace
+from edge_agent.api import (
+    convert_engine,
+    convert_response,
+    convert_session,
+    convert_telemetry,
+    convert_trace,
+)
 from edge_agent.api.convert_client import RunOptions
 from edge_agent.client.toolbox import Toolbox, Tools
 from edge_agent.client.wire import (
@@ -31,6 +37,7 @@ from edge_agent.core import (
     Message,
     Run,
     RunState,
+    Session,
     TextPart,
     Tool,
     ToolResult,
@@ -215,11 +222,27 @@ class Client:
         """Lift a Halt."""
         self._call(self._runs.ClearHalt, run_pb.ClearHaltRequest(halt_id=halt_id))
 
+    def session(self, session_id: str, *, client: str = "") -> Session:
+        """A session with its history; another client's on admin.sock only."""
+        request = run_pb.GetSessionRequest(session_id=session_id, client=client)
+        return convert_session.read((self._call(self._runs.GetSession, request)).session)
+
+    def sessions(self) -> tuple[Session, ...]:
+        """This client's sessions without their histories; on admin.sock everybody's."""
+        response = self._call(self._runs.ListSessions, run_pb.ListSessionsRequest())
+        return tuple(map(convert_session.read, response.sessions))
+
+    def delete_session(self, session_id: str, *, client: str = "") -> None:
+        """Delete a session with its history; another client's on admin.sock only."""
+        request = run_pb.DeleteSessionRequest(session_id=session_id, client=client)
+        self._call(self._runs.DeleteSession, request)
+
     def beat(
         self,
         nonce: int = 0,
         heartbeat: Heartbeat | None = None,
         *,
+        session: str = "",
         stop: bool = False,
         timeout_s: float | None = None,
     ) -> int:
@@ -228,7 +251,7 @@ class Client:
         The first one has nonce 0 and says what happens when it falls silent. To beat from the loop
         that does the work shows that the work gets on, which `heartbeat` does not.
         """
-        request = convert.beat_request(nonce, heartbeat, stop=stop)
+        request = convert.beat_request(nonce, heartbeat, session, stop=stop)
         return self._call(self._runs.Beat, request, timeout_s).nonce
 
     @contextmanager
@@ -238,21 +261,24 @@ class Client:
         *,
         suspend_after_s: float | None = None,
         cancel_after_s: float | None = None,
+        session: str = "",
     ) -> Iterator[None]:
         """Beat in a thread, at a third of the window: shows that this process lives, and no more.
 
-        What fails is tried again, so that it outlives a restart of the daemon. Raises what the
-        first beat raises.
+        With a `session` a lapse acts on its runs only. What fails is tried again, so that it
+        outlives a restart of the daemon. Raises what the first beat raises.
         """
         asked = Heartbeat(window_s, suspend_after_s, cancel_after_s)
         timeout_s = min(window_s, BEAT_TIMEOUT_S)
-        nonce, left = self.beat(0, asked), threading.Event()
+        nonce, left = self.beat(0, asked, session=session), threading.Event()
 
         def go_on() -> None:
             nonlocal nonce
             while not left.wait(window_s / 3):
                 try:
-                    nonce = self.beat(nonce, None if nonce else asked, timeout_s=timeout_s)
+                    nonce = self.beat(
+                        nonce, None if nonce else asked, session=session, timeout_s=timeout_s
+                    )
                 except EdgeAgentError:  # no answer, or not to this beat: begin anew
                     nonce = 0
 
@@ -264,7 +290,7 @@ class Client:
             left.set()
             beating.join()
             with suppress(EdgeAgentError):  # the daemon is gone, or another program beats
-                self.beat(nonce, stop=True, timeout_s=timeout_s)
+                self.beat(nonce, session=session, stop=True, timeout_s=timeout_s)
 
     def engines(self) -> tuple[EngineInfo, ...]:
         """All installed engines."""

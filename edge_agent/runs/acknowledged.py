@@ -383,9 +383,11 @@ class AcknowledgedRuns:
             await self._ledger.commit()
         await self._runs.clear_halt(halt_id)
 
-    def beat(self, client: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool) -> int:
+    def beat(
+        self, client: str, session: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool
+    ) -> int:
         """Take a client's beat; see `Heartbeats.beat`."""
-        return self._runs.beat(client, nonce, heartbeat, stop=stop)
+        return self._runs.beat(client, session, nonce, heartbeat, stop=stop)
 
     # --- sessions ---
 

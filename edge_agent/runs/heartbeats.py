@@ -1,5 +1,8 @@
 """The owner of clients' heartbeats: who is watched, and what befalls the runs of who is silent.
 
+A client is watched for all of its runs, for those of one of its sessions, or for several of these,
+each by itself.
+
 A nonce shows that the client has read the last answer, so that a beat which is repeated or was sent
 long ago keeps nobody alive. Nothing is kept over a restart. How runs are stopped is their owner's.
 """
@@ -26,9 +29,10 @@ log = structlog.get_logger()
 
 @dataclass(eq=False, slots=True)
 class _Watched:
-    """A client that is watched."""
+    """A client that is watched; `session` empty: for all of its runs."""
 
     client: str
+    session: str
     heartbeat: Heartbeat
     nonce: int
     beaten_s: float
@@ -45,14 +49,18 @@ class _Watched:
 class Heartbeats:
     """Who is watched. All methods on the daemon's loop, whose clock it is."""
 
-    def __init__(self, stop_runs: Callable[[str, RunState, RunError], int]) -> None:
-        """`stop_runs` suspends or cancels a client's runs, at once, and returns how many."""
+    def __init__(self, stop_runs: Callable[[str, str, RunState, RunError], int]) -> None:
+        """`stop_runs` suspends or cancels runs of a client and session, and returns how many."""
         self._stop_runs = stop_runs
-        self._watched: dict[str, _Watched] = {}
+        self._watched: dict[tuple[str, str], _Watched] = {}
         self._closed = False
 
-    def beat(self, client: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool) -> int:
+    def beat(
+        self, client: str, session: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool
+    ) -> int:
         """Take a beat; returns the nonce of the next one, 0 where the watch ends.
+
+        `session` empty: for all runs of the client.
 
         `heartbeat` is what a beat with nonce 0 asks for, and None with any other, and with `stop`.
 
@@ -64,33 +72,33 @@ class Heartbeats:
         if self._closed:
             raise Unavailable("the daemon is stopping", reason="DAEMON_DRAINING")
         if heartbeat is not None:
-            return self._beaten(self._begin(client, heartbeat))
-        watched = self._watched.get(client)
+            return self._beaten(self._begin(client, session, heartbeat))
+        watched = self._watched.get((client, session))
         if nonce or not stop:
-            watched = _in_turn(watched, client, nonce)
+            watched = _in_turn(watched, client, session, nonce)
         if watched is None or stop:
-            self._forget(client)
+            self._forget(client, session)
             return 0
         return self._beaten(watched)
 
     def close(self) -> None:
         """Watch nobody any more: the daemon stops, and will not hear them."""
         self._closed = True
-        for client in tuple(self._watched):
-            self._forget(client)
+        for client, session in tuple(self._watched):
+            self._forget(client, session)
 
-    def _begin(self, client: str, heartbeat: Heartbeat) -> _Watched:
-        before = self._watched.get(client)
+    def _begin(self, client: str, session: str, heartbeat: Heartbeat) -> _Watched:
+        before = self._watched.get((client, session))
         if before is None:
             self._make_room()
-            log.info("client_watched", client=client, window_s=heartbeat.window_s)
+            log.info("client_watched", client=client, session=session, window_s=heartbeat.window_s)
         else:
-            self._forget(client)
+            self._forget(client, session)
         now_s = asyncio.get_running_loop().time()
-        watched = _Watched(client, heartbeat, 0, now_s)
+        watched = _Watched(client, session, heartbeat, 0, now_s)
         if before is not None:
             watched.lapse = before.lapse  # over with this beat, which says so
-        self._watched[client] = watched
+        self._watched[client, session] = watched
         return watched
 
     def _make_room(self) -> None:
@@ -105,20 +113,25 @@ class Heartbeats:
                 metadata={"limit": MAX_WATCHED},
                 retry_after_s=_RETRY_AFTER_S,
             )
-        self._forget(done.client)
+        self._forget(done.client, done.session)
 
     def _beaten(self, watched: _Watched) -> int:
         now_s = asyncio.get_running_loop().time()
         if watched.lapse is not Lapse.NONE:
-            log.info("client_back", client=watched.client, lapse=watched.lapse.name)
+            log.info(
+                "client_back",
+                client=watched.client,
+                session=watched.session,
+                lapse=watched.lapse.name,
+            )
         watched.beaten_s, watched.lapse, watched.heard_out = now_s, Lapse.NONE, False
         watched.nonce = 1 + secrets.randbelow(2**63 - 1)
         if watched.timer is None:  # one that is set looks when it fires: a beat costs no timer
             self._set_timer(watched)
         return watched.nonce
 
-    def _forget(self, client: str) -> None:
-        watched = self._watched.pop(client, None)
+    def _forget(self, client: str, session: str) -> None:
+        watched = self._watched.pop((client, session), None)
         if watched is not None and watched.timer is not None:
             watched.timer.cancel()
 
@@ -148,26 +161,31 @@ class Heartbeats:
         reached = watched.heartbeat.reached(silent_s)
         for lapse, _at_s in watched.heartbeat.after(watched.lapse):
             if lapse <= reached:
-                state = _STOPS.get(lapse)
-                runs = self._stop_runs(watched.client, state, _error(watched)) if state else None
                 log.warning(
                     "client_lapsed",
                     client=watched.client,
+                    session=watched.session,
                     lapse=lapse.name,
                     silent_s=round(silent_s, 3),
-                    runs=runs,
+                    runs=self._stop(watched, _STOPS.get(lapse)),
                 )
         watched.lapse = reached
 
+    def _stop(self, watched: _Watched, state: RunState | None) -> int | None:
+        """How many runs were stopped; None where none are to be."""
+        if state is None:
+            return None
+        return self._stop_runs(watched.client, watched.session, state, _error(watched))
 
-def _in_turn(watched: _Watched | None, client: str, nonce: int) -> _Watched:
+
+def _in_turn(watched: _Watched | None, client: str, session: str, nonce: int) -> _Watched:
     if watched is not None and watched.nonce == nonce:
         return watched
     expected = watched.nonce if watched else 0
     raise FailedPrecondition(
         f"nonce: {nonce} is out of turn, {expected} expected",
         reason="BEAT_OUT_OF_TURN",
-        metadata={"client": client, "nonce": nonce, "expected": expected},
+        metadata={"client": client, "session_id": session, "nonce": nonce, "expected": expected},
     )
 
 
@@ -175,4 +193,6 @@ def _error(watched: _Watched) -> RunError:
     window_s = watched.heartbeat.window_s
     message = f"its client {watched.client} has not beaten within its window of {window_s:g} s"
     metadata = {"client": watched.client, "window_s": f"{window_s:g}"}
+    if watched.session:
+        metadata["session_id"] = watched.session
     return RunError("HEARTBEAT_LAPSED", message, metadata=metadata)

@@ -424,14 +424,20 @@ class Runs:
 
     # --- heartbeats ---
 
-    def beat(self, client: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool) -> int:
+    def beat(
+        self, client: str, session: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool
+    ) -> int:
         """Take a client's beat; see `Heartbeats.beat`."""
-        return self._heartbeats.beat(client, nonce, heartbeat, stop=stop)
+        return self._heartbeats.beat(client, session, nonce, heartbeat, stop=stop)
 
-    def _stop_client(self, client: str, state: RunState, error: RunError) -> int:
-        """Suspend or cancel a client's runs; what is not durable can only be cancelled."""
+    def _stop_client(self, client: str, session: str, state: RunState, error: RunError) -> int:
+        """Suspend or cancel a client's runs, or those of a session of its.
+
+        What is not durable can only be cancelled.
+        """
         left = [loop for loop in self._store.newest_first() if not loop.live.state.ended]
         runs = [loop for loop in left if loop.live.run.client == client]
+        runs = [loop for loop in runs if session in ("", loop.live.run.session)]
         if state is RunState.SUSPENDED:
             runs = [loop for loop in runs if loop.live.state is not RunState.SUSPENDED]
         for loop in runs:

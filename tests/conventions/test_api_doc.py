@@ -181,9 +181,21 @@ def variables(name: str, connection: Connection) -> Mapping[str, str]:
     if name == "RunService.ClearHalt":
         halt = connection.runs.Halt(pb.HaltRequest(scope=pb.HALT_SCOPE_AGENT, target="nobody")).halt
         return {"HALT_ID": halt.halt_id}
+    if name.endswith(("Session", "Sessions")):
+        run_in_a_session(connection)
+        return {}
     if name in {"RunService.ResumeRun", "RunService.DecideToolCall"}:
         return waiting_run(name, connection)
     return run_with_a_call(name, connection) if name in NEED_A_CALL else {}
+
+
+def run_in_a_session(connection: Connection) -> None:
+    """A run that has ended in the session that the examples name."""
+    request = pb.ExecuteRunRequest()
+    json_format.Parse(DATA["rpcs"]["RunService.ExecuteRun"]["example"], request)
+    request.spec.session.id = "patrol"
+    for _response in connection.runs.ExecuteRun(request):
+        pass
 
 
 def run_with_a_call(name: str, connection: Connection) -> Mapping[str, str]:
@@ -272,6 +284,9 @@ def expected(name: str) -> tuple[str, ...]:
         "SystemService.GetStatus": ("DAEMON_STATE_READY",),
         "SystemService.WatchTelemetry": ("availableBytes", "METRIC_STATUS_OK", "/proc/meminfo"),
         "RunService.Beat": ("nonce",),
+        "RunService.GetSession": ("patrol", "Say hello."),
+        "RunService.ListSessions": ("patrol", "SESSION_OVERFLOW_REFUSE"),
+        "RunService.DeleteSession": ("{}",),
         "SystemService.ReloadConfig": ("{}",),
     }[name]
 

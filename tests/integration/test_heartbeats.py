@@ -99,19 +99,24 @@ def test_what_is_wrong_with_a_beat_is_named(edge, fields, wrong):
 
 def beat_sync(edge: EdgeThread, name: str = "robot") -> None:
     with Client(edge.api, name=name) as client:
-        within = {"suspend_after_s": ASKED.suspend_after_s, "cancel_after_s": ASKED.cancel_after_s}
-        with client.heartbeat(ASKED.window_s, **within):
+        with client.heartbeat(
+            ASKED.window_s,
+            suspend_after_s=ASKED.suspend_after_s,
+            cancel_after_s=ASKED.cancel_after_s,
+            session="patrol",
+        ):
             edge.until(lambda: len(edge.runs.beats) >= 3)
 
 
 def beat_async(edge: EdgeThread, name: str = "robot") -> None:
     async def main() -> None:
         async with AsyncClient(edge.api, name=name) as client:
-            within = {
-                "suspend_after_s": ASKED.suspend_after_s,
-                "cancel_after_s": ASKED.cancel_after_s,
-            }
-            async with client.heartbeat(ASKED.window_s, **within):
+            async with client.heartbeat(
+                ASKED.window_s,
+                suspend_after_s=ASKED.suspend_after_s,
+                cancel_after_s=ASKED.cancel_after_s,
+                session="patrol",
+            ):
                 await asyncio.to_thread(edge.until, lambda: len(edge.runs.beats) >= 3)
 
     asyncio.run(main())
@@ -123,8 +128,8 @@ BOTH = pytest.mark.parametrize("keep_beating", [beat_sync, beat_async])
 @BOTH
 def test_a_client_beats_with_the_nonce_of_the_last_answer_and_stops_at_the_end(edge, keep_beating):
     keep_beating(edge)
-    client, nonces, asked, stops = zip(*edge.runs.beats, strict=True)
-    assert set(client) == {"robot"}
+    client, session, nonces, asked, stops = zip(*edge.runs.beats, strict=True)
+    assert (set(client), set(session)) == ({"robot"}, {"patrol"})
     assert nonces == tuple(range(len(nonces)))
     assert asked == (ASKED, *[None] * (len(asked) - 1))
     assert stops == (*[False] * (len(stops) - 1), True)
@@ -135,15 +140,15 @@ def test_a_client_whose_beat_is_out_of_turn_begins_anew(edge, keep_beating):
     refused: list[int] = []
     take = edge.runs.beat
 
-    def lose_the_second(client, nonce, heartbeat, *, stop):
+    def lose_the_second(client, session, nonce, heartbeat, *, stop):
         if nonce and not refused:
             refused.append(nonce)
             raise FailedPrecondition("out of turn", reason="BEAT_OUT_OF_TURN")
-        return take(client, nonce, heartbeat, stop=stop)
+        return take(client, session, nonce, heartbeat, stop=stop)
 
     edge.runs.beat = lose_the_second
     keep_beating(edge)
-    assert [(nonce, asked) for _, nonce, asked, _ in edge.runs.beats][:2] == [
+    assert [(nonce, asked) for _, _, nonce, asked, _ in edge.runs.beats][:2] == [
         (0, ASKED),
         (0, ASKED),
     ]
@@ -152,7 +157,7 @@ def test_a_client_whose_beat_is_out_of_turn_begins_anew(edge, keep_beating):
 
 @BOTH
 def test_a_first_beat_that_is_refused_is_raised(edge, keep_beating):
-    def refuse(client, nonce, heartbeat, *, stop):
+    def refuse(client, session, nonce, heartbeat, *, stop):
         raise Unavailable("the daemon is stopping", reason="DAEMON_DRAINING")
 
     edge.runs.beat = refuse

@@ -24,6 +24,7 @@ from edge_agent.core import (
     RunError,
     RunSpec,
     RunState,
+    Session,
     SideEffect,
     ToolCall,
     ToolResult,
@@ -94,7 +95,8 @@ class MemoryRuns:
         self._script = script
         self.specs: dict[str, RunSpec] = {}
         self.results: list[ToolResult] = []
-        self.beats: list[tuple[str, int, Heartbeat | None, bool]] = []
+        self.sessions: list[Session] = []
+        self.beats: list[tuple[str, str, int, Heartbeat | None, bool]] = []
         self.watchers = 0
         self._runs: dict[str, Run] = {}
         self._events: dict[str, list[Event]] = {}
@@ -269,10 +271,23 @@ class MemoryRuns:
         numbered = [(n, replace(run, result_number=n)) for n, run in enumerate(runs, 1)]
         return tuple(run for n, run in numbered if n > after_number)[:limit]
 
-    def beat(self, client: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool) -> int:
+    async def session(self, client: str, session_id: str) -> Session:
+        return next(
+            each for each in self.sessions if (each.client, each.id) == (client, session_id)
+        )
+
+    async def list_sessions(self, client: str | None) -> tuple[Session, ...]:
+        return tuple(each for each in self.sessions if client in (None, each.client))
+
+    async def delete_session(self, client: str, session_id: str) -> None:
+        self.sessions.remove(await self.session(client, session_id))
+
+    def beat(
+        self, client: str, session: str, nonce: int, heartbeat: Heartbeat | None, *, stop: bool
+    ) -> int:
         if nonce not in (0, len(self.beats)):
             raise FailedPrecondition("out of turn", reason="BEAT_OUT_OF_TURN")
-        self.beats.append((client, nonce, heartbeat, stop))
+        self.beats.append((client, session, nonce, heartbeat, stop))
         self._tell()
         return 0 if stop else len(self.beats)
 

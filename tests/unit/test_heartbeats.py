@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from edge_agent.core import Run, RunError, RunState, SideEffect, Tool, ToolResult
+from edge_agent.core import Run, RunError, RunState, SessionUse, SideEffect, Tool, ToolResult
 from edge_agent.errors import FailedPrecondition, Overloaded, Unavailable
 from edge_agent.events import CancelTool
 from edge_agent.heartbeat import Heartbeat, Lapse
@@ -65,19 +65,20 @@ class Watching:
         self.stopped: list[tuple[str, RunState, float]] = []
         self.owner = Heartbeats(self._stop)
 
-    def begin(self, client: str = "robot", asked: Heartbeat = ASKED) -> int:
-        return self.owner.beat(client, 0, asked, stop=False)
+    def begin(self, client: str = "robot", asked: Heartbeat = ASKED, *, session: str = "") -> int:
+        return self.owner.beat(client, session, 0, asked, stop=False)
 
-    def beat(self, nonce: int, *, stop: bool = False) -> int:
-        return self.owner.beat("robot", nonce, None, stop=stop)
+    def beat(self, nonce: int, *, session: str = "", stop: bool = False) -> int:
+        return self.owner.beat("robot", session, nonce, None, stop=stop)
 
     def refused(self, nonce: int, *, stop: bool = False) -> FailedPrecondition:
         with pytest.raises(FailedPrecondition) as error:
             self.beat(nonce, stop=stop)
         return error.value
 
-    def _stop(self, client: str, state: RunState, error: RunError) -> int:
+    def _stop(self, client: str, session: str, state: RunState, error: RunError) -> int:
         assert error.reason == "HEARTBEAT_LAPSED"
+        client = f"{client}/{session}" if session else client
         self.stopped.append((client, state, round(self._now_s() - self._began_s, 3)))
         return 1
 
@@ -200,6 +201,26 @@ class TestWatching:
 
         assert watch(scenario) == [("arm", CANCELLED, 1.5), ("legs", SUSPENDED, 2.1)]
 
+    def test_a_session_is_watched_by_itself_beside_its_client_and_other_sessions(self):
+        async def scenario(watching):
+            watching.begin("robot", Heartbeat(5.0, cancel_after_s=1.0))
+            watching.begin("robot", Heartbeat(0.5, cancel_after_s=1.0), session="tour")
+            nonce = watching.begin("robot", Heartbeat(2.0, suspend_after_s=0.1), session="patrol")
+            assert watching.beat(nonce, session="patrol", stop=True) == 0
+            await asyncio.sleep(100)
+            return watching.stopped
+
+        assert watch(scenario) == [("robot/tour", CANCELLED, 1.5), ("robot", CANCELLED, 6.0)]
+
+    def test_a_session_s_nonce_is_no_other_s(self):
+        async def scenario(watching):
+            nonce = watching.begin(session="tour")
+            error = watching.refused(nonce)
+            assert watching.beat(nonce, session="tour") != 0
+            return error.reason, error.metadata["session_id"]
+
+        assert watch(scenario) == ("BEAT_OUT_OF_TURN", "")
+
     def test_no_more_are_watched_than_there_is_room_for_and_what_has_lapsed_makes_room(self):
         async def scenario(watching):
             for number in range(MAX_WATCHED):
@@ -280,8 +301,8 @@ class World:
     runs: Runs
     engines: ScriptedEngines
 
-    def start(self, *tools: Tool, durable: bool = True, client: str = "robot") -> str:
-        wanted = dataclasses.replace(spec(timeout_s=1000.0), tools=tools, durable=durable)
+    def start(self, *tools: Tool, client: str = "robot", **more: Any) -> str:
+        wanted = spec(tools=tools, **{"timeout_s": 1000.0, "durable": True, **more})
         return self.runs.create(wanted, client=client, request_id="").id
 
     async def begun(self, *tools: Tool, **more: Any) -> str:
@@ -305,7 +326,7 @@ def play(tmp_path: Path):
     def run(scenario: Callable[[World], Coroutine[Any, Any, Any]]) -> Any:
         async def begin() -> Any:
             runs, engines = new_runs(tmp_path, cancel_confirm_s=CONFIRM_S)
-            runs.beat("robot", 0, ASKED, stop=False)
+            runs.beat("robot", "", 0, ASKED, stop=False)
             return await scenario(World(runs, engines))
 
         return run_in_virtual_time(begin())
@@ -326,6 +347,20 @@ class TestRuns:
         before, after = play(scenario)
         assert before == [RunState.RUNNING, RunState.RUNNING]
         assert after == [(SUSPENDED, LAPSED), (CANCELLED, LAPSED), (RunState.RUNNING, None)]
+
+    def test_the_lapse_of_a_session_stops_its_runs_alone(self, play):
+        async def scenario(world):
+            world.runs.beat("robot", "", 0, None, stop=True)
+            mine = await world.begun(session=SessionUse("tour"))
+            others = await world.begun(session=SessionUse("patrol")), await world.begun()
+            world.runs.beat("robot", "tour", 0, Heartbeat(1.0, 1.0), stop=False)
+            await asyncio.sleep(100)
+            error = world.runs.get(mine).error
+            return error.metadata["session_id"], [world.how(each) for each in (mine, *others)]
+
+        session, after = play(scenario)
+        assert session == "tour"
+        assert after == [(SUSPENDED, LAPSED), (RunState.RUNNING, None), (RunState.RUNNING, None)]
 
     def test_open_calls_are_told_to_stop_before_the_run_is_suspended(self, play):
         async def scenario(world):
@@ -351,7 +386,7 @@ class TestRuns:
         async def scenario(world):
             run_id = await world.begun()
             await asyncio.sleep(3.5)
-            world.runs.beat("robot", 0, Heartbeat(1000.0, 1.0), stop=False)
+            world.runs.beat("robot", "", 0, Heartbeat(1000.0, 1.0), stop=False)
             await asyncio.sleep(100)
             assert world.how(run_id) == (SUSPENDED, LAPSED)
             world.runs.resume(run_id, (), "robot")
@@ -365,7 +400,7 @@ class TestRuns:
         async def scenario(world):
             run_id = await world.begun()
             await asyncio.sleep(3.5)
-            world.runs.beat("robot", 0, ASKED, stop=False)
+            world.runs.beat("robot", "", 0, ASKED, stop=False)
             await asyncio.sleep(3.5)
             world.runs.resume(run_id, (), "robot")
             (await world.engines.next()).answer("Done")
@@ -407,7 +442,7 @@ class TestRuns:
 
     def test_a_run_that_begins_after_a_lapse_is_not_its_concern(self, play):
         async def scenario(world):
-            world.runs.beat("robot", 0, Heartbeat(1.0, 1.0), stop=False)
+            world.runs.beat("robot", "", 0, Heartbeat(1.0, 1.0), stop=False)
             await asyncio.sleep(3)
             run_id = await world.begun()
             await asyncio.sleep(3)
