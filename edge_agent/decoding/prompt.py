@@ -56,6 +56,15 @@ class PromptRenderer:
         opening = self.markers(self._format.assistant.open)
         return self._turn(self._format.user, [Piece(text)]) + opening
 
+    def conversation(self, system: str, turns: Sequence[tuple[str, str]], last: str) -> list[int]:
+        """After (user's, assistant's) turns a last user's, up to where the assistant's begins."""
+        ids = list(self.markers(self._format.prefix)) if self._format.prefix else []
+        ids += self._turn(self._format.system, [Piece(system)])
+        for said, replied in turns:
+            ids += self._turn(self._format.user, [Piece(said)])
+            ids += self._turn(self._format.assistant, [Piece(replied)])
+        return ids + self.user_turn(last)
+
     def corrected(self, written: str, problem: str) -> list[int]:
         """After a prompt: what the model wrote, what is wrong with it, and its next turn."""
         close = self.markers(self._format.assistant.close)

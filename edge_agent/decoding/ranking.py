@@ -62,9 +62,18 @@ def mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(each[name] for each in scores) / len(scores) for name in scores[0]}
 
 
-def calibrate(scores: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
-    """What the prompt added to each candidate's score."""
-    return {name: score - baseline[name] for name, score in scores.items()}
+def calibrate(
+    scores: Mapping[str, float], baseline: Mapping[str, float], share: float
+) -> dict[str, float]:
+    """What the prompt added to each candidate's score; `share` of the baseline is taken off."""
+    return {name: score - share * baseline[name] for name, score in scores.items()}
+
+
+def combine(
+    scores: Mapping[str, float], more: Mapping[str, float], weight: float
+) -> dict[str, float]:
+    """Both scores of each of `scores`, the second `weight` times."""
+    return {name: score + weight * more[name] for name, score in scores.items()}
 
 
 def margin(scores: Mapping[str, float]) -> float:

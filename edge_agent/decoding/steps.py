@@ -5,7 +5,7 @@ Knows no protocol and no process; the backend underneath decodes.
 
     SCHEMA       one JSON union of all calls and the answer; the model chooses while it writes
     RANKED       the likeliest tool, then its arguments under its schema (`choosing`)
-    RANKED_FULL  the same, by whole beginnings of calls
+    RANKED_FULL  the same, chosen by how likely the goal is for each tool as well
     NATIVE       free text in the way that the model was trained for, read strictly (`native`)
 """
 

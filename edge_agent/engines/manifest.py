@@ -112,20 +112,36 @@ class NativeFormat(Strict, frozen=True, kw_only=True):
     result: Turn
 
 
+class ReverseFormat(Strict, frozen=True, kw_only=True):
+    """How the model is asked what somebody says who wants a tool, or no tool.
+
+    `question` has `{tool}` where the tool's description stands; the goals of its worked examples
+    follow as answers. `answer_question` and `answer_goals`: the same where no tool fits.
+    """
+
+    system: str
+    question: str
+    answer_question: str
+    answer_goals: tuple[str, ...]
+
+
 class ToolFormat(Strict, frozen=True, kw_only=True):
     """How tools are shown to the model and chosen; `decoding.steps` says what each strategy does.
 
     A tool's worked examples end in `example_answer`; `answer_examples` are goals that need no tool,
-    answered. `neutral_goals` and `top_logprobs` are for the ranked strategies, `native` for native.
+    answered. `neutral_goals`, `neutral_share` (of the score after them, how much is taken off) and
+    `top_logprobs` are for the ranked strategies, `reverse` for ranked_full, `native` for native.
     """
 
     strategy: ToolStrategy
     instructions: str
     native: NativeFormat | None = None
+    reverse: ReverseFormat | None = None
     example_result: str = "ok"
     example_answer: str = "Done."
     answer_examples: tuple[tuple[str, str], ...] = ()
     neutral_goals: tuple[str, ...] = ()
+    neutral_share: Annotated[float, Meta(ge=0.0, le=1.0)] = 1.0
     top_logprobs: Annotated[int, Meta(ge=1, le=10_000)] = 400
 
 
@@ -188,6 +204,8 @@ class Manifest(Strict, frozen=True, kw_only=True):
         if strategy in (ToolStrategy.RANKED, ToolStrategy.RANKED_FULL):
             if not self.tools.neutral_goals:
                 return f"tools.neutral_goals: the {strategy} strategy needs at least one"
+            if strategy is ToolStrategy.RANKED_FULL and self.tools.reverse is None:
+                return "tools.reverse: is not set, the ranked_full strategy needs it"
         elif strategy is ToolStrategy.NATIVE:
             if self.tools.native is None:
                 return "tools.native: is not set, the native strategy needs it"

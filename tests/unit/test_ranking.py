@@ -142,5 +142,18 @@ def test_the_margin_of_known_scores(scores, margin: float):
 def test_calibration_takes_away_what_neutral_prompts_say_already(rows):
     baseline = ranking.mean([{"a": a, "b": b} for a, b in rows])
     assert baseline["a"] == pytest.approx(sum(a for a, _ in rows) / len(rows))
-    calibrated = ranking.calibrate(baseline, baseline)
+    calibrated = ranking.calibrate(baseline, baseline, 1.0)
     assert calibrated == {"a": 0.0, "b": 0.0}
+
+
+@given(st.floats(-50, 0), st.floats(-50, 0), st.floats(0, 1))
+def test_a_share_of_what_is_neutral_is_taken_off(score: float, neutral: float, share: float):
+    calibrated = ranking.calibrate({"a": score}, {"a": neutral}, share)
+    assert calibrated["a"] == pytest.approx(score - share * neutral)
+    assert ranking.calibrate({"a": score}, {"a": neutral}, 0.0) == {"a": score}
+
+
+@given(st.floats(-50, 0), st.floats(-50, 0), st.floats(0, 4))
+def test_two_scores_add_up_by_their_weight(one: float, other: float, weight: float):
+    both = ranking.combine({"a": one}, {"a": other, "b": 0.0}, weight)
+    assert both == {"a": pytest.approx(one + weight * other)}
