@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from edge_agent.backends.base import Backend
 from edge_agent.core import ANSWER, Message, Role, StepRequest, Tool, ToolStrategy
 from edge_agent.decoding import ranking
+from edge_agent.decoding.dialects import signature
 from edge_agent.decoding.prompt import PromptRenderer
 from edge_agent.decoding.writing import ANSWER_HEAD, call_head
 from edge_agent.engines.manifest import Manifest, ReverseFormat
@@ -157,7 +158,7 @@ def _questions(
     """Of each tool and the answer: what the model is asked, and what was said to it before."""
     asked: dict[str, tuple[str, Sequence[str]]] = {
         tool.name: (
-            reverse.question.replace("{tool}", tool.description or tool.name),
+            reverse.question.replace("{tool}", signature(tool)),
             [example.goal for example in tool.examples],
         )
         for tool in tools

@@ -115,7 +115,7 @@ class NativeFormat(Strict, frozen=True, kw_only=True):
 class ReverseFormat(Strict, frozen=True, kw_only=True):
     """How the model is asked what somebody says who wants a tool, or no tool.
 
-    `question` has `{tool}` where the tool's description stands; the goals of its worked examples
+    `question` has `{tool}` where the tool stands, in one line; the goals of its worked examples
     follow as answers. `answer_question` and `answer_goals`: the same where no tool fits.
     """
 

@@ -21,6 +21,7 @@ from edge_agent.core import (
     ToolStrategy,
 )
 from edge_agent.decoding import native
+from edge_agent.decoding.dialects import signature
 from edge_agent.engines.manifest import NativeFormat, Turn
 from edge_agent.errors import ManifestError, StepFailed
 from tests.support.toy_engine import manifest, markers_of
@@ -198,13 +199,13 @@ class TestRankedFull:
         return decide
 
     def test_the_tool_that_the_goal_is_likeliest_for_is_called(self):
-        decide = self.decided({"Switch a lamp.": "Lights on!"})
+        decide = self.decided({signature(LAMP): "Lights on!"})
         result = decide(tools=(LAMP, STOP))
         assert result.tool_calls == (ToolCall("", "set_lamp", '{"on": true}'),)
 
     def test_the_call_after_the_goal_counts_as_well(self):
         """Each question gets the goal alike, and a goal gets `set_lamp` more than others do."""
-        same = dict.fromkeys(["Switch a lamp.", "Stop.", "NONE"], "Lights on!")
+        same = dict.fromkeys([signature(LAMP), signature(STOP), "NONE"], "Lights on!")
         decide = self.decided(same)
         decide.backend.prefers = Preference(
             {f"{question}?": goal for question, goal in same.items()}
@@ -225,12 +226,12 @@ class TestRankedFull:
         before = (said(Role.SYSTEM, "Secret."), said(Role.USER, "Lights on!"))
         decide(*before, tools=(dataclasses.replace(LAMP, examples=(example,)), STOP))
         start = "<|begin|><|system|>REVERSE<|end|>"
-        asked = "<|user|>Switch a lamp.?<|end|><|assistant|>"
+        asked = "<|user|>set_lamp(on: boolean): Switch a lamp.?<|end|><|assistant|>"
         none = "<|user|>NONE?<|end|><|assistant|>"
         assert sorted(decide.backend.forced) == sorted(
             [
                 (f"{start}{asked}Dark!<|end|>{asked}", "Lights on!"),
-                (f"{start}<|user|>Stop.?<|end|><|assistant|>", "Lights on!"),
+                (f"{start}<|user|>stop(): Stop.?<|end|><|assistant|>", "Lights on!"),
                 (f"{start}{none}Hi.<|end|>{none}", "Lights on!"),
             ]
         )
