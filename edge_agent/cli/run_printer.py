@@ -16,6 +16,7 @@ from edge_agent.events import (
     CancelTool,
     DaemonToolStarted,
     Event,
+    HistoryShortened,
     MessagesAdded,
     Snapshot,
     StateChanged,
@@ -109,7 +110,7 @@ class RunPrinter:
             self._in_line = False
 
 
-def _lines(event: Event) -> list[str]:  # noqa: PLR0911 - one a kind
+def _lines(event: Event) -> list[str]:  # noqa: C901, PLR0911 - one a kind
     """What an event says beside the answer, and which command helps where the run waits."""
     match event.body:
         case ToolCallsIssued(tool_calls=calls):
@@ -132,6 +133,8 @@ def _lines(event: Event) -> list[str]:  # noqa: PLR0911 - one a kind
             return _suspended(event.run_id, cause)
         case MessagesAdded(messages=messages):
             return [f"   said: {_text(message)}" for message in messages]
+        case HistoryShortened(dropped_messages=dropped, summarised_messages=summarised):
+            return [f"   history: {dropped} messages dropped, {summarised} summed up"]
         case _:
             return []
 

@@ -27,6 +27,7 @@ KEYS = {
         "create_run_ms_p99",
         "slow_reader_rss_mb",
     },
+    "robot": {"hold_conflict_us", "heartbeat_lapse_ms", "halt_to_last_call_ms"},
     "scheduler": {
         "floor_violations",
         "urgent_deadline_misses",
@@ -62,6 +63,12 @@ KEYS = {
         "ranked_full_accuracy",
         "schema_valid",
         "ranked_time_ratio",
+    },
+    "sessions": {
+        "ttft_second_step_ratio",
+        "cached_token_share",
+        "ttft_second_step_ratio_alternating",
+        "cached_token_share_alternating",
     },
     "prefixes": {"cold_ms_0.3k", "warm_ms_0.3k", "first_ms_0.3k", "tool_ms_0.3k", "tokens_0.3k"},
 }
