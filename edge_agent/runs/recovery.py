@@ -57,7 +57,9 @@ def judge(left: Unfinished) -> Verdict:
 
 def _judge(left: Unfinished, calls: Sequence[CallRecord]) -> Verdict:
     run = left.run
-    if unknown := [call.call_id for call in calls if call.effect is Effect.UNKNOWN]:
+    # Also those that an earlier daemon found out about, and died before it could end the run.
+    doubtful = (*calls, *(call for call in left.calls if call.effect is Effect.UNKNOWN))
+    if unknown := [call.call_id for call in doubtful if call.effect is Effect.UNKNOWN]:
         return _outcome_unknown(unknown)
     if run.state is RunState.SUSPENDED:  # before the daemon ended, so it did not die of this run
         stopping = run.error is not None and run.error.reason == "DAEMON_STOPPING"

@@ -3,6 +3,7 @@ acknowledged is lost, nothing is marked done that was not, nothing that acts onc
 
 import asyncio
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ class Lives:
     """The lives of one daemon on one directory, and what all of them have acknowledged."""
 
     def __init__(self, directory: Path, runs: int, bug: str = "") -> None:
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         self.directory = directory
         self._bug = bug
         self._runs = runs
@@ -110,6 +111,28 @@ def kill_with_every_statement(directory: Path, every: int, bug: str = "") -> Non
 
 def test_killed_with_every_statement_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:
     kill_with_every_statement(tmp_path, EVERY)
+
+
+def test_killed_with_every_statement_of_a_recovery_nothing_is_done_twice(tmp_path: Path) -> None:
+    """A second daemon dies of taking over what the first one was doing."""
+    died_acting = next(
+        directory
+        for statement in range(1, 500)
+        if (directory := killed_at(tmp_path / f"first-{statement}", statement)) is not None
+    )
+    for statement in range(1, 13):
+        directory = tmp_path / f"second-{statement}"
+        shutil.copytree(died_acting, directory)
+        lives = Lives(directory, 1)
+        lives.live(crash_at=statement)
+        assert lives.live()
+        asyncio.run(lives.check())
+
+
+def killed_at(directory: Path, statement: int) -> Path | None:
+    """What is left of a life that this statement ended, if it had done something by then."""
+    Lives(directory, 1).live(crash_at=statement)
+    return directory if (directory / "effects").stat().st_size else None
 
 
 @pytest.mark.parametrize("bug", BUGS)

@@ -215,3 +215,11 @@ def test_a_background_call_that_was_being_stopped_has_an_unknown_outcome():
 
 def test_more_text_deltas_than_a_step_can_have_lie_between_two_daemons():
     assert SEQUENCE_GAP == 1 << 20
+
+
+def test_a_call_of_which_an_earlier_daemon_knew_nothing_either_is_never_made_again():
+    lost = call(Effect.UNKNOWN, SideEffect.NON_IDEMPOTENT, Executor.DAEMON)
+    verdict = judge(left(calls=(lost,)))
+    assert verdict.state is RunState.OUTCOME_UNKNOWN
+    assert verdict.error is not None
+    assert verdict.error.metadata["tool_call_ids"] == "call-1"
