@@ -212,7 +212,7 @@ class TestRankedFull:
             | {"<|user|>Lights on!": head("set_lamp")},
             head("stop"),
         )
-        result = decide(tools=(LAMP, STOP))
+        result = decide(tools=(STOP, LAMP))
         assert [call.name for call in result.tool_calls] == ["set_lamp"]
 
     def test_the_answer_is_ranked_too(self):
