@@ -470,7 +470,9 @@ class World:
         self.observe()
         for _ in range(40 + 20 * len(self.outcomes) + 40 * len(self.waiting)):
             if not self.move_on():
-                break
+                self.observe()  # memory is read all the time: a leak is seen to be back
+                if not self.move_on():
+                    break
             if not self.seen_exits:
                 self.observe()
         assert not self.waiting
