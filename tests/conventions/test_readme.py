@@ -13,13 +13,14 @@ from tests.support.daemon import BASE_CONFIG, running_daemon
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text()
+ROBOTS = (REPOSITORY / "docs" / "robots.md").read_text()
 DEMO_TIMEOUT_S = 180  # what the README's reader is promised
 CALL_TIMEOUT_S = 60
 
 
-def blocks(language: str) -> list[str]:
-    """The README's code blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, document: str = README) -> list[str]:
+    """A document's code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -82,7 +83,7 @@ def test_the_readmes_commands_succeed(command: str, session: Mapping[str, str]) 
 
 
 @pytest.mark.timeout(CALL_TIMEOUT_S + 30)
-@pytest.mark.parametrize("program", blocks("python"))
+@pytest.mark.parametrize("program", [*blocks("python"), *blocks("python", ROBOTS)])
 def test_the_readmes_python_runs(program: str, session: Mapping[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program],
