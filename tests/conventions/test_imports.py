@@ -119,6 +119,7 @@ LAYERS = {
 # Modules that decide, with time and chance handed to them: they read no clock and do no I/O.
 DECIDING = (
     "runs.holds",
+    "runs.turns",
     "runs.verification",
     "heartbeat",
     "ledger.rows",

@@ -40,7 +40,7 @@ def edge(runtime_dir, monkeypatch):
 def test_sessions_have_a_row_each():
     head, row = describe([TOUR], NOW_S)
     assert head.split("  ")[0] == "CLIENT"
-    assert row.split() == ["robot", "tour", "3", "1m", "SUMMARISE", "run-4"]
+    assert row.split() == ["robot", "tour", "3", "1m", "1s", "SUMMARISE", "run-4"]
     assert describe([], NOW_S) == ["no sessions"]
 
 

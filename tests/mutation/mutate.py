@@ -41,7 +41,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.mutation.mutants import Mutant, mutants
 
 ROOT = Path(__file__).parents[2]
-OF_RUNS = ("holds", "history", "limits", "recovery", "verification")
+OF_RUNS = (
+    "holds",
+    "history",
+    "limits",
+    "recovery",
+    "sessions",
+    "shortening",
+    "turns",
+    "verification",
+)
 """Those of `edge_agent.runs`; all others are of `edge_agent.scheduling`."""
 TESTS = ROOT / "tests" / "unit"
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
@@ -56,6 +65,9 @@ MODULES = {
     "history": ("test_run_history.py",),
     "limits": ("test_run_limits.py",),
     "recovery": ("test_run_recovery.py",),
+    "turns": ("test_turns.py",),
+    "sessions": ("test_run_sessions.py",),
+    "shortening": ("test_run_sessions.py",),
     "verification": ("test_verification.py",),
     "queue": ("scheduling/test_queue.py",),
     "budget": ("scheduling/test_budget.py",),

@@ -52,6 +52,7 @@ class TestWhatARunLeaves:
         assert turns.left_by([SYSTEM, user(), answer(), user()], [], 1) == ()
         assert turns.left_by([user()], [called("a")], 1) == ()
         assert turns.left_by([user()], [user("more")], 1) == ()
+        assert turns.left_by([user(), called("a"), result("a")], [], 1) == ()
 
     def test_not_what_was_said_to_it_last_and_nobody_has_answered(self):
         left = turns.left_by([user()], [called("a"), result("a"), user("stop")], 1)
@@ -78,8 +79,15 @@ class TestMakingRoom:
         assert turns.split((), 5).oldest == ()
         assert turns.split((SYSTEM,), 5) == turns.Split((SYSTEM,), (), ())
 
+    def test_a_turn_that_is_just_enough_is_enough(self):
+        history = (user(), answer(), user(), answer(), user())
+        size = turns.characters(history[:2])
+        assert turns.split(history, size) == turns.Split((), history[:2], history[2:])
+        assert turns.split(history, size + 1) == turns.Split((), history[:4], history[4:])
+
     def test_a_summary_is_the_oldest_turn(self):
         summary = turns.summary("they spoke")
+        assert summary.is_summary
         parts = turns.split((SYSTEM, summary, user(), answer()), 1)
         assert (parts.oldest, parts.newest) == ((summary,), (user(), answer()))
 
@@ -98,6 +106,12 @@ class TestSummaries:
         failed = Message(Role.TOOL, (TextPart("stuck"),), (), "a", is_error=True)
         _system, asked = turns.to_summarise([called("a"), failed])
         assert asked.text.splitlines()[-1] == "move failed: stuck"
+
+
+def test_texts_and_calls_count_and_what_stands_around_them_in_a_prompt():
+    call = Message(Role.ASSISTANT, (TextPart("für"),), (ToolCall("a", "move", '{"ü":1}'),))
+    assert turns.characters([call, user("1234")]) == 16 + 3 + 4 + 7 + 16 + 4
+    assert turns.size_bytes([call, user("1234")]) == 4 + 4 + 8 + 4
 
 
 @given(HISTORIES)
