@@ -21,7 +21,7 @@ from edge_agent.core import (
     TextPart,
 )
 from edge_agent.errors import FailedPrecondition, InvalidRequest, Overloaded, StepFailed
-from edge_agent.events import HistoryShortened
+from edge_agent.events import HistoryShortened, TextDelta
 from edge_agent.records import CallRecord, StepRecord
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.recording import NoRecords
@@ -360,6 +360,8 @@ class TestSummaries:
             (await world.engines.next()).answer("Done")
             ended = await world.end(run)
             records = world.records.steps[before:]
+            told = [event.body async for event in world.runs.watch(run.id, 0)]
+            assert not any(isinstance(body, TextDelta) for body in told)
             return summing.request, await world.shortened(run), ended, records, world.history
 
         asked, (event,), run, records, history = play(scenario)
