@@ -73,7 +73,7 @@ fuzz: setup  ## send any message to every call for ten minutes (FUZZ_S=600)
 chaos: setup  ## many more histories of the models, and kills (CHAOS=100 times as many as in `make test`)
 	EDGE_AGENT_CHAOS=$(CHAOS) $(BIN)/pytest --timeout 0 tests/unit/scheduling tests/integration/test_crash.py \
 	  tests/unit/test_ledger_model.py tests/integration/test_ledger_power_cut.py \
-	  tests/integration/test_ledger_kill.py tests/unit/test_durable_model.py
+	  tests/integration/test_ledger_kill.py tests/unit/test_durable_model.py tests/unit/test_robot_model.py
 
 mutate: setup  ## put small bugs into what decides: its tests must notice (MUTATE='queue budget')
 	$(BIN)/python tests/mutation/mutate.py --limit-s $(MUTATE_S) --jobs $(MUTATE_JOBS) $(MUTATE)

@@ -118,16 +118,15 @@ def test_nothing_is_called_until_it_is_cleared_and_the_run_resumed(
     with pytest.raises(Halted):
         alice.resume(run_id)
     guard.clear_halt(halt.halt.id)
-    resumed = alice.resume(run_id)
-    called = serve(alice, run_id, resumed.sequence)
+    stood = alice.get(run_id).sequence
+    alice.resume(run_id)
+    called = serve(alice, run_id, stood)
     run = alice.get(run_id)
 
-    bodies = [event.body for event in alice.since(run_id, 0) if event.sequence <= resumed.sequence]
+    bodies = [event.body for event in alice.since(run_id, 0) if event.sequence <= stood]
     told = [body.tool_call_id for body in bodies if isinstance(body, CancelTool)]
     meanwhile = [
-        event.body
-        for event in alice.since(run_id, shown.sequence)
-        if event.sequence <= resumed.sequence
+        event.body for event in alice.since(run_id, shown.sequence) if event.sequence <= stood
     ]
     assert (halt.runs_stopped, halt.recorded) == (1, True)
     assert told == stopped
