@@ -110,8 +110,8 @@ def figures(done: Outcomes) -> tuple[dict[str, float], dict[str, float]]:
         more[f"{strategy.value}_{name}"] = accuracy(outcomes)
         more[f"{strategy.value}_{name}_arguments"] = arguments_accuracy(outcomes)
     for name in dict.fromkeys(name for name, _ in done if name != ROBOTS):
-        base = arguments_accuracy(done[name, schema])
-        more[f"ranked_vs_schema_{name}"] = ratio(arguments_accuracy(done[name, ranked]), base)
+        base = accuracy(done[name, schema])
+        more[f"ranked_vs_schema_{name}"] = ratio(accuracy(done[name, ranked]), base)
     return measured, more
 
 
