@@ -175,6 +175,8 @@ class Planner:
         ]
         resumed = True
         while resumed:
+            # First, since an engine that nobody waits for any more may have to go.
+            actions += [Ready(step) for step in self.state.satisfied()]
             actions += self._room.relieve()
             while found := list(self._serve_all(now_s)):
                 actions += found  # a start moves its client's turn in all engines
@@ -188,10 +190,7 @@ class Planner:
         return None if due_s == math.inf else due_s
 
     def _serve_all(self, now_s: float) -> Iterator[Action]:
-        state = self.state
-        for step in state.satisfied():
-            yield Ready(step)
-        for resident in state.residents.values():
+        for resident in self.state.residents.values():
             if resident.state is EngineState.READY:
                 yield from self._serve(resident, now_s)
 
