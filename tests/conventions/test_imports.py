@@ -101,7 +101,6 @@ LAYERS = {
     "runs": Layer.OWNER,
     "runs.holds": Layer.PURE,
     "runs.turns": Layer.PURE,
-    "runs.turns": Layer.PURE,
     "runs.verification": Layer.PURE,
     "scheduling": Layer.OWNER,
     "telemetry": Layer.OWNER,

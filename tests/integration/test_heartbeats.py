@@ -98,26 +98,30 @@ def test_what_is_wrong_with_a_beat_is_named(edge, fields, wrong):
 
 
 def beat_sync(edge: EdgeThread, name: str = "robot") -> None:
-    with Client(edge.api, name=name) as client:
-        with client.heartbeat(
+    with (
+        Client(edge.api, name=name) as client,
+        client.heartbeat(
             ASKED.window_s,
             suspend_after_s=ASKED.suspend_after_s,
             cancel_after_s=ASKED.cancel_after_s,
             session="patrol",
-        ):
-            edge.until(lambda: len(edge.runs.beats) >= 3)
+        ),
+    ):
+        edge.until(lambda: len(edge.runs.beats) >= 3)
 
 
 def beat_async(edge: EdgeThread, name: str = "robot") -> None:
     async def main() -> None:
-        async with AsyncClient(edge.api, name=name) as client:
-            async with client.heartbeat(
+        async with (
+            AsyncClient(edge.api, name=name) as client,
+            client.heartbeat(
                 ASKED.window_s,
                 suspend_after_s=ASKED.suspend_after_s,
                 cancel_after_s=ASKED.cancel_after_s,
                 session="patrol",
-            ):
-                await asyncio.to_thread(edge.until, lambda: len(edge.runs.beats) >= 3)
+            ),
+        ):
+            await asyncio.to_thread(edge.until, lambda: len(edge.runs.beats) >= 3)
 
     asyncio.run(main())
 
