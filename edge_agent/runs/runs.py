@@ -54,8 +54,6 @@ from edge_agent.runs.store import MemoryRunStore
 
 _RETRY_AFTER_S = 1.0
 _STOP_MARGIN_S = 1.0
-_SETTLE_S = 0.1
-"""A disk that is slower delays no Halt's answer: what it shows later is cancelled already."""
 
 log = structlog.get_logger()
 
@@ -393,7 +391,7 @@ class Runs:
             if not loop.live.is_settled
         ]
         if settling:
-            await asyncio.wait(settling, timeout=_SETTLE_S)
+            await asyncio.wait(settling, timeout=self.settings.halt_settle_s)
         for each in settling:
             each.cancel()
         await asyncio.gather(*settling, return_exceptions=True)

@@ -8,6 +8,9 @@ from typing import Literal
 class RunSettings:
     """Defaults and bounds. `retention_s` counts from a run's end.
 
+    `halt_settle_s` is how long a Halt's answer waits at most for the disk, so that what was about
+    to be shown of durable runs is shown; what a slower one shows later is cancelled already.
+
     `max_sessions` are of all clients; `max_history_bytes` is of one session's texts.
     """
 
@@ -21,3 +24,4 @@ class RunSettings:
     bodies: Literal["off", "errors", "all"] = "off"
     max_sessions: int = 256
     max_history_bytes: int = 256 << 10
+    halt_settle_s: float = 0.1

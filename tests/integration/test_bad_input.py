@@ -443,6 +443,9 @@ def filled(message: Any, way: tuple[str, ...], text: str) -> None:
     """Put the text where the way leads, with just enough around it."""
     first_name, *rest = way
     field = message.DESCRIPTOR.fields_by_name[first_name]
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        getattr(message, first_name).update({text: "x"} if rest == ["key"] else {"x": text})
+        return
     if not rest:
         if field.is_repeated:
             getattr(message, first_name).append(text)

@@ -43,6 +43,7 @@ SETTINGS = RunSettings(
     retention_s=3600.0,
     max_retained=2,
     suspended_retention_s=SUSPENDED_S,
+    halt_settle_s=0.0,
 )
 HALTS_FILE = "halts.json"
 WRITER_TIMEOUT_S = 30.0

@@ -47,6 +47,7 @@ from edge_agent.runs.calls import ToolCalls
 from edge_agent.runs.halts import HaltLatch, covers_run
 from edge_agent.runs.holding import Resources
 from edge_agent.runs.holds import Granted, Holds
+from edge_agent.runs.live import LiveRun
 from edge_agent.runs.runs import Runs
 from tests.support.chaos import examples
 from tests.support.scripted_engine import SETTINGS, ScriptedEngines, spec
@@ -361,5 +362,5 @@ class TestPlanted:
         assert "has returned" in self.found()
 
     def test_a_halt_that_does_not_wait_for_the_disk(self, monkeypatch):
-        monkeypatch.setattr("edge_agent.runs.runs._SETTLE_S", 0.0)
+        monkeypatch.setattr(LiveRun, "is_settled", property(lambda _self: True))
         assert "has returned" in self.found()

@@ -26,7 +26,6 @@ from edge_agent.errors import FailedPrecondition, LedgerFailed, NotFound
 from edge_agent.events import CancelTool, ToolCallsIssued, ToolUpdated
 from edge_agent.ledger.absent import AbsentLedger
 from edge_agent.records import Effect, ResultClass
-from edge_agent.runs import runs as owner
 from edge_agent.runs.acknowledged import AcknowledgedRuns, LedgerJournal
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
@@ -523,21 +522,18 @@ class HeldJournal:
 
 
 class TestHaltAndTheDisk:
-    def play(self, tmp_path: Path, scenario: Any) -> Any:
+    def play(self, tmp_path: Path, scenario: Any, settle_s: float) -> Any:
         async def bounded() -> Any:
             engines, journal = ScriptedEngines(), HeldJournal()
             latch = HaltLatch(tmp_path / "halts.json")
-            runs = Runs(engines, latch, SETTINGS, journal=journal)
+            settings = dataclasses.replace(SETTINGS, halt_settle_s=settle_s)
+            runs = Runs(engines, latch, settings, journal=journal)
             async with asyncio.timeout(20):
                 return await scenario(World(runs, engines, ScriptedTools(), KeptRecords()), journal)
 
         return asyncio.run(bounded())
 
-    def test_a_halt_returns_once_what_was_on_its_way_to_be_shown_is_shown(
-        self, tmp_path, monkeypatch
-    ):
-        monkeypatch.setattr(owner, "_SETTLE_S", 10.0)
-
+    def test_a_halt_returns_once_what_was_on_its_way_to_be_shown_is_shown(self, tmp_path):
         async def scenario(world, journal):
             run_id = world.start(LOOK, durable=True)
             await world.decide(("look", "{}"))
@@ -548,7 +544,7 @@ class TestHaltAndTheDisk:
             live = world.runs.live(run_id)
             return early, [type(event.body) async for event in shown(live)]
 
-        early, bodies = self.play(tmp_path, scenario)
+        early, bodies = self.play(tmp_path, scenario, 10.0)
         assert early == set()
         assert bodies.index(ToolCallsIssued) < bodies.index(CancelTool)
 
@@ -558,7 +554,7 @@ class TestHaltAndTheDisk:
             await world.decide(("look", "{}"))
             return await world.runs.halt(HaltScope.ALL, "", "", "test")
 
-        assert self.play(tmp_path, scenario).runs_stopped == 1
+        assert self.play(tmp_path, scenario, 0.05).runs_stopped == 1
 
 
 async def shown(live: Any) -> AsyncIterator[Any]:
