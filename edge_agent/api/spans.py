@@ -13,7 +13,7 @@ _Span = TypeVar("_Span", Duration, Timestamp)
 
 def seconds(value: Duration | Timestamp) -> float:
     """A span, or Unix time."""
-    return value.seconds + value.nanos / NANOS
+    return (value.seconds * NANOS + value.nanos) / NANOS  # one rounding, not two
 
 
 def filled(target: _Span, value_s: float) -> _Span:

@@ -19,6 +19,7 @@ from edge_agent.api import (
     convert_tools,
     validation,
 )
+from edge_agent.api import spans as spans_
 from edge_agent.api.convert_error import error_of, status_of
 from edge_agent.api.ports import RequestLimits
 from edge_agent.core import HaltScope, Role, RunState, TextPart
@@ -918,3 +919,8 @@ def test_a_cursor_beyond_what_the_ledger_counts_to_is_refused(cursor):
     with pytest.raises(InvalidRequest) as refused:
         convert_request.acknowledged(pb.AckResultsRequest(cursor=cursor))
     assert [each.field for each in refused.value.violations] == ["cursor"]
+
+
+@given(st.integers(0, 4_000_000_000).map(lambda thousandths: thousandths / 1000))
+def test_a_span_of_milliseconds_arrives_as_it_was_sent(value_s):
+    assert spans_.seconds(spans_.filled(Duration(), value_s)) == value_s
