@@ -46,8 +46,6 @@ OF_RUNS = (
     "history",
     "limits",
     "recovery",
-    "sessions",
-    "shortening",
     "turns",
     "verification",
 )
@@ -66,8 +64,6 @@ MODULES = {
     "limits": ("test_run_limits.py",),
     "recovery": ("test_run_recovery.py",),
     "turns": ("test_turns.py",),
-    "sessions": ("test_run_sessions.py",),
-    "shortening": ("test_run_sessions.py",),
     "verification": ("test_verification.py",),
     "queue": ("scheduling/test_queue.py",),
     "budget": ("scheduling/test_budget.py",),

@@ -48,6 +48,11 @@ class TestWhatARunLeaves:
         transcript = [called("a", "b"), result("b"), called("c")]
         assert turns.left_by([user()], transcript, 1) == (user(), called("1/b"), result("1/b"))
 
+    def test_what_came_after_a_turn_of_calls_without_results_stays(self):
+        transcript = [called("a"), user("never mind"), answer()]
+        left = turns.left_by([user()], transcript, 1)
+        assert left == (user(), user("never mind"), answer())
+
     def test_nothing_where_no_step_has_decided_anything(self):
         assert turns.left_by([SYSTEM, user(), answer(), user()], [], 1) == ()
         assert turns.left_by([user()], [called("a")], 1) == ()
