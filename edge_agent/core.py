@@ -186,8 +186,8 @@ class Limits:
     """Bounds of a run.
 
     `max_output_tokens` is per step, None means the engine's maximum; `max_tokens` is over all
-    steps, read and written, None means no bound. A call of the same tool with the same arguments
-    may come `max_same_calls` times.
+    steps, read and written, and so is `max_cost_nano_usd`; None means no bound. A call of the same
+    tool with the same arguments may come `max_same_calls` times.
     """
 
     max_steps: int
@@ -195,6 +195,7 @@ class Limits:
     max_output_tokens: int | None = None
     max_tokens: int | None = None
     max_same_calls: int = 3
+    max_cost_nano_usd: int | None = None
 
 
 class Priority(enum.StrEnum):
@@ -303,7 +304,7 @@ class RunError:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a step or a run consumed."""
+    """What a step or a run consumed. A step that an engine here decides costs nothing."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -312,6 +313,7 @@ class Usage:
     load_s: float = 0.0
     decode_s: float = 0.0
     ttft_ms: float | None = None
+    cost_nano_usd: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -328,6 +330,7 @@ class Usage:
             load_s=self.load_s + later.load_s,
             decode_s=self.decode_s + later.decode_s,
             ttft_ms=later.ttft_ms if self.ttft_ms is None else self.ttft_ms,
+            cost_nano_usd=self.cost_nano_usd + later.cost_nano_usd,
         )
 
 

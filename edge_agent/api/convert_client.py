@@ -53,6 +53,7 @@ class RunOptions(TypedDict, total=False):
     max_tool_calls: int
     max_tokens: int
     max_same_calls: int
+    max_cost_nano_usd: int
     temperature: float
     top_p: float
     seed: int
@@ -83,6 +84,7 @@ def run_spec(
             max_tool_calls=options.get("max_tool_calls"),
             max_tokens=options.get("max_tokens"),
             max_same_calls=options.get("max_same_calls"),
+            max_cost_nano_usd=options.get("max_cost_nano_usd"),
         ),
         sampling=types_pb2.Sampling(
             temperature=options.get("temperature"),
@@ -482,4 +484,5 @@ def usage(value: types_pb2.Usage) -> core.Usage:
         load_s=seconds(value.load_time),
         decode_s=value.completion_tokens / speed if speed > 0 else 0.0,
         ttft_ms=value.ttft_ms if value.HasField("ttft_ms") else None,
+        cost_nano_usd=value.cost_nano_usd,
     )

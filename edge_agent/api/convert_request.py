@@ -36,6 +36,8 @@ MAX_PAGE_SIZE = 1000
 MAX_REASON_BYTES = 256
 MAX_EVIDENCE_BYTES = 1024
 MAX_RESULTS_WAIT_S = 3600.0
+MAX_COST_NANO_USD = 10**18
+"""A billion dollars: beyond it no bound is meant."""
 MAX_CURSOR = 2**63 - 1
 """What the ledger can count to."""
 MAX_TOKEN_BYTES = 256
@@ -316,7 +318,13 @@ def _limits(asked: types_pb2.Limits, limits: RequestLimits, found: Violations, p
     if asked.HasField("max_tokens"):
         found.number(f"{path}.max_tokens", asked.max_tokens, 1, _MAX_UINT32)
         total = asked.max_tokens
-    return Limits(steps, calls, tokens, max_tokens=total, max_same_calls=same)
+    cost = None
+    if asked.HasField("max_cost_nano_usd"):
+        found.number(f"{path}.max_cost_nano_usd", asked.max_cost_nano_usd, 0, MAX_COST_NANO_USD)
+        cost = asked.max_cost_nano_usd
+    return Limits(
+        steps, calls, tokens, max_tokens=total, max_same_calls=same, max_cost_nano_usd=cost
+    )
 
 
 def _sampling(asked: types_pb2.Sampling, found: Violations, path: str) -> Sampling:

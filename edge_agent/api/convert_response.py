@@ -305,6 +305,7 @@ def _fill_usage(target: types_pb2.Usage, used: core.Usage) -> types_pb2.Usage:
     filled(target.load_time, used.load_s)
     if used.ttft_ms is not None:
         target.ttft_ms = used.ttft_ms
+    target.cost_nano_usd = used.cost_nano_usd
     if (tokens_per_second := used.tokens_per_second) is not None:
         target.tokens_per_second = tokens_per_second
     return target

@@ -12,7 +12,7 @@ MAX_TOOL_ERRORS = 1
 
 def exceeded(run: Run, spec: RunSpec) -> RunError | None:
     """The bound that one more step would break, or that the last one has broken; None if none."""
-    return _tokens(run, spec) or _tool_errors(run)
+    return _tokens(run, spec) or _cost(run, spec) or _tool_errors(run)
 
 
 def too_many_calls(run: Run, spec: RunSpec, calls: tuple[ToolCall, ...]) -> RunError | None:
@@ -44,6 +44,15 @@ def _tokens(run: Run, spec: RunSpec) -> RunError | None:
         return None
     message = f"{used} tokens read and written, at most {limit} allowed (max_tokens)"
     return RunError("TOKEN_LIMIT", message, metadata={"tokens": str(used), "limit": str(limit)})
+
+
+def _cost(run: Run, spec: RunSpec) -> RunError | None:
+    limit, spent = spec.limits.max_cost_nano_usd, run.usage.cost_nano_usd
+    if limit is None or spent <= limit:
+        return None
+    message = f"{spent} nano-USD spent, at most {limit} allowed (max_cost_nano_usd)"
+    metadata = {"cost_nano_usd": str(spent), "limit": str(limit)}
+    return RunError("COST_LIMIT", message, metadata=metadata)
 
 
 def _tool_errors(run: Run) -> RunError | None:

@@ -571,7 +571,7 @@ calls = st.lists(st.builds(core.ToolCall, names, names, names, some, some, fence
 errors = st.builds(core.RunError, names, names, st.booleans(), st.dictionaries(names, names))
 counts = st.integers(0, 2**31)
 usages = st.builds(
-    core.Usage, counts, counts, counts, spans, spans, st.just(0.0), st.none() | spans
+    core.Usage, counts, counts, counts, spans, spans, st.just(0.0), st.none() | spans, counts
 )
 messages = st.builds(core.Message, st.sampled_from(Role), parts, calls, names, st.booleans())
 runs = st.builds(
@@ -924,3 +924,10 @@ def test_a_cursor_beyond_what_the_ledger_counts_to_is_refused(cursor):
 @given(st.integers(0, 4_000_000_000).map(lambda thousandths: thousandths / 1000))
 def test_a_span_of_milliseconds_arrives_as_it_was_sent(value_s):
     assert spans_.seconds(spans_.filled(Duration(), value_s)) == value_s
+
+
+def test_a_bound_of_cost_arrives_and_one_beyond_all_money_is_refused():
+    asked = convert_client.run_spec("go", [], {"max_cost_nano_usd": 5, "engine": "small"})
+    assert convert(asked).limits.max_cost_nano_usd == 5
+    asked.limits.max_cost_nano_usd = 10**18 + 1
+    assert set(violations(asked)) == {"spec.limits.max_cost_nano_usd"}

@@ -103,3 +103,17 @@ def test_only_results_that_are_errors_count_as_errors():
     fine = Message(Role.TOOL, (TextPart("ok"),), (), "call-2")
     run = dataclasses.replace(run, transcript=(*run.transcript, said, fine))
     assert limits.exceeded(run, wanted()) is None
+
+
+@pytest.mark.parametrize(("spent", "reason"), [(0, None), (70, None), (71, "COST_LIMIT")])
+def test_no_step_begins_once_more_was_spent_than_allowed(spent, reason):
+    run = dataclasses.replace(RUN, usage=Usage(cost_nano_usd=spent))
+    error = limits.exceeded(run, wanted(max_cost_nano_usd=70))
+    assert (error.reason if error else None) == reason
+    if error is not None:
+        assert dict(error.metadata) == {"cost_nano_usd": "71", "limit": "70"}
+
+
+def test_there_is_no_bound_of_cost_unless_one_is_asked_for():
+    run = dataclasses.replace(RUN, usage=Usage(cost_nano_usd=10**12))
+    assert limits.exceeded(run, wanted()) is None
