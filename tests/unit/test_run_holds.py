@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 
 from edge_agent.core import (
+    FinishReason,
     HaltScope,
     Lifecycle,
+    Limits,
     Message,
     Role,
     Run,
     RunError,
     RunState,
     SideEffect,
+    StepResult,
     TextPart,
     Tool,
     ToolCall,
@@ -30,7 +33,14 @@ from edge_agent.runs.acknowledged import AcknowledgedRuns, LedgerJournal
 from edge_agent.runs.halts import HaltLatch
 from edge_agent.runs.runs import Runs
 from edge_agent.runs.stored_sessions import StoredSessions
-from tests.support.scripted_engine import SETTINGS, ScriptedEngines, result, settle
+from tests.support.scripted_engine import (
+    SETTINGS,
+    USAGE,
+    ScriptedEngines,
+    result,
+    settle,
+    spec,
+)
 from tests.unit.test_run_calls import KeptRecords, ScriptedTools, World
 
 SCHEMA = '{"type":"object"}'
@@ -595,3 +605,23 @@ class TestWithoutALedger:
         assert record.resolution is not None
         assert record.resolution.client == "ann"
         assert holders == {}
+
+
+class TestCost:
+    def test_a_run_ends_before_the_step_after_the_one_that_spent_too_much(self, play):
+        async def scenario(world):
+            bounds = Limits(8, 16, max_cost_nano_usd=100)
+            wanted = dataclasses.replace(spec(), tools=(LOOK,), limits=bounds)
+            run_id = world.runs.create(wanted, client="client", request_id="").id
+            for number, cost in ((1, 60), (2, 60)):
+                step = await world.engines.next()
+                call = ToolCall("", "look", f'{{"n":{number}}}')
+                usage = dataclasses.replace(USAGE, cost_nano_usd=cost)
+                step.outcome.set_result(StepResult("", (call,), FinishReason.TOOL_CALLS, usage))
+                await settle()
+                world.runs.submit(run_id, [result(f"call-{number}", "a box")])
+            return await world.end(run_id)
+
+        run = play(scenario)
+        assert (run.state, run.steps, run.usage.cost_nano_usd) == (RunState.FAILED, 2, 120)
+        assert run.error.reason == "COST_LIMIT"
